@@ -1,0 +1,30 @@
+# Two commands do everything: `make demo` and `make test`. Both make .venv first, from requirements.txt.
+PYTHON ?= python3.11
+RANKS ?= 2
+export OMP_NUM_THREADS ?= 1
+BIN = .venv/bin
+RUN = $(BIN)/torchrun --nproc_per_node=$(RANKS)
+MODELS = base ckpt/geneval.pt ckpt/ocr.pt ckpt/quality.pt merge=runs/demo/init.pt student=runs/demo/student.pt
+
+.PHONY: demo test teachers base
+
+demo: .venv/done                  # stage 2 from the shipped teachers, then the table and the picture
+	rm -rf runs/demo
+	$(RUN) train_opd.py --teachers ckpt/*.pt --name demo
+	$(RUN) eval.py --ckpts $(MODELS) --out runs/demo/eval
+
+test: .venv/done
+	$(BIN)/python -m pytest -q
+
+teachers: .venv/done              # stage 1, from the shipped base (hours on a laptop; resumes)
+	$(RUN) train_grpo.py --tasks geneval
+	$(RUN) train_grpo.py --tasks ocr
+	$(RUN) train_grpo.py --tasks quality --anchor
+
+base: .venv/done                  # the tiny VAE and base, from nothing (resumes)
+	$(RUN) tiny.py
+
+.venv/done: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@

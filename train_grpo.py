@@ -1,0 +1,212 @@
+"""
+Stage 1: a teacher by Flow-GRPO. One reward makes a teacher; several with a ratio are GRPO-Mix, the baseline the paper beats.
+
+    python train_grpo.py --tasks ocr                                      # -> ckpt/ocr.pt, log and resumable state in runs/grpo-ocr/
+    torchrun --nproc_per_node=2 train_grpo.py --tasks geneval             # two ranks (on CPU: OMP_NUM_THREADS=1, one rank a core)
+    python train_grpo.py --tasks quality --anchor                         # marked as the teacher that anchors all prompts in stage 2
+    python train_grpo.py --tasks geneval ocr quality --ratio 3 1 1        # GRPO-Mix -> runs/grpo-geneval-ocr-quality/adapter.pt
+
+A run that was stopped goes on where it was when the same command is given again.
+
+One iteration: sample G images a prompt by the SDE, score the last one, compare each with its group, and make the steps that led to
+the better ones more likely. Papers: Flow-GRPO arXiv 2505.05470, GRPO arXiv 2402.03300, PPO arXiv 1707.06347.
+"""
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import model as models
+import util
+from rewards import parse_reward, score, world_of
+from sampler import draw_noise, encode, gaussian_kl, log_prob, rollout, schedule, step, velocity
+
+# What each task's teacher is rewarded for, unless --reward says otherwise. Half of GenEval's is the strict form, because the soft
+# form alone can be gamed (method: half-right pictures pay).
+REWARD = {"geneval": "geneval=0.5,geneval_strict=0.5", "ocr": "ocr", "quality": "quality"}
+
+
+@dataclass
+class Config:
+    model: str = "ckpt/tiny.safetensors"                                 # the base
+    tasks: list[str] = field(default_factory=lambda: ["geneval"])        # one task: a teacher; several: GRPO-Mix
+    ratio: list[int] = field(default_factory=list)                       # prompts of each task, e.g. 3 1 1 (default: all alike)
+    reward: list[str] = field(default_factory=list)                      # a reward for each task, e.g. "geneval=0.5,geneval_strict=0.5"
+    anchor: bool = False                                                 # mark the result as the task-agnostic quality teacher (MAR)
+    name: str = ""                                                       # run name (default: grpo-TASKS)
+    out: str = ""                                                        # result (default: ckpt/TASK.pt, or runs/NAME/adapter.pt for a mix)
+    iters: int = 300                                                     # iterations, each one rollout of `batch` images
+    batch: int = 96                                                      # images an iteration, over all ranks
+    group: int = 12                                                      # G, images a prompt
+    steps: int = 8                                                       # K, steps of a rollout
+    noisy: list[int] = field(default_factory=lambda: [0, 5])             # steps FROM TO (exclusive) take noise and are trained; the rest are ODE
+    kind: Literal["sde", "cps"] = "sde"                                  # how noise is added
+    a: float = 0.7                                                       # noise level
+    guidance: float = 1.0                                                # w, in rollouts and updates alike
+    r: int = 16                                                          # LoRA rank
+    alpha: float = 32.0                                                  # LoRA scale is alpha / r
+    lr: float = 5e-4                                                     # AdamW
+    beta: float = 0.01                                                   # weight of the KL to the base
+    clip: float = 1e-4                                                   # PPO clip range (see sampler.log_prob for why so small)
+    std: Literal["batch", "group"] = "batch"                             # what advantages are divided by: all rewards' std, or the group's
+    updates: int = 1                                                     # optimiser steps a rollout, each on its share of the batch
+    micro: int = 96                                                      # images a forward pass (memory)
+    save_every: int = 25                                                 # iterations between resumable states
+    compile: bool = False                                                # torch.compile the blocks
+    seed: int = 0                                                        # of everything
+    device: str = "auto"                                                 # auto, cuda, mps, cpu
+
+
+def advantages(reward, group, std, everyone):
+    """reward (B,), a group's images in a row -> adv (B,), and keep (B,): False where a whole group's rewards are equal (no signal).
+
+    adv = (reward - mean of the group) / std, clipped to +-5; std over `everyone`'s rewards (all ranks), or each group's own.
+    """
+    r = reward.view(-1, group)
+    centred = r - r.mean(1, keepdim=True)
+    scale = r.std(1, keepdim=True, unbiased=False) if std == "group" else everyone.std(unbiased=False)
+    keep = (r.max(1).values > r.min(1).values).repeat_interleave(group)
+    return (centred / (scale + 1e-6)).clamp(-5, 5).flatten(), keep
+
+
+def ppo_loss(logp, logp_old, adv, clip):
+    """-min(ratio A, clip(ratio, 1 - e, 1 + e) A) for each image: (B,), and the ratio (B,)."""
+    assert logp.shape == logp_old.shape == adv.shape, "logp, logp_old and adv are all (B,)"
+    ratio = (logp - logp_old).exp()
+    return -torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv), ratio
+
+
+def check(cfg, world_size, world):
+    """All that can be known to be wrong before any time is spent."""
+    for task in cfg.tasks:
+        if task not in world.TASKS:
+            raise ValueError(f"--tasks {task}: unknown task; this model's world has {', '.join(world.TASKS)}")
+    if not cfg.tasks or len(set(cfg.tasks)) < len(cfg.tasks):
+        raise ValueError(f"--tasks {' '.join(cfg.tasks)}: expected each task once, and at least one")
+    for flag, value in (("ratio", cfg.ratio), ("reward", cfg.reward)):
+        if value and len(value) != len(cfg.tasks):
+            raise ValueError(f"--{flag}: got {len(value)} values for {len(cfg.tasks)} tasks ({' '.join(cfg.tasks)})")
+    if any(n < 1 for n in cfg.ratio):
+        raise ValueError(f"--ratio {cfg.ratio}: expected whole numbers of at least 1")
+    if cfg.group < 2:
+        raise ValueError(f"--group {cfg.group}: an advantage compares images of one prompt, so at least 2 are needed")
+    if cfg.batch % (cfg.group * world_size * cfg.updates):
+        raise ValueError(f"--batch {cfg.batch} with --group {cfg.group}, {world_size} rank(s) and --updates {cfg.updates}: groups are never split, "
+                         f"so the batch must be a multiple of {cfg.group * world_size * cfg.updates}")
+    if len(cfg.noisy) != 2 or not 0 <= cfg.noisy[0] < cfg.noisy[1] <= cfg.steps:
+        raise ValueError(f"--noisy {cfg.noisy}: expected FROM TO with 0 <= FROM < TO <= --steps {cfg.steps}")
+    if cfg.kind == "cps" and cfg.noisy[1] == cfg.steps:
+        raise ValueError(f"--noisy {cfg.noisy} --kind cps: the last CPS step has no noise and so no density; end at {cfg.steps - 1}")
+
+
+def main(cfg):
+    rank, world_size, device = util.setup(cfg.device, cfg.seed)
+    model = models.load(cfg.model, device)
+    world = world_of(model)
+    check(cfg, world_size, world)
+    net = model.mmdit
+    rewards = {task: parse_reward(spec) for task, spec in zip(cfg.tasks, cfg.reward or [REWARD[t] for t in cfg.tasks])}
+    pattern = [task for task, n in zip(cfg.tasks, cfg.ratio or [1] * len(cfg.tasks)) for _ in range(n)]
+    name = cfg.name or "grpo-" + "-".join(cfg.tasks)
+    folder = Path("runs") / name
+    out = cfg.out or (f"ckpt/{cfg.tasks[0]}.pt" if len(cfg.tasks) == 1 else str(folder / "adapter.pt"))
+
+    torch.manual_seed(cfg.seed)
+    net.add_adapter("policy", cfg.r, cfg.alpha, trainable=True)
+    params = [p for p in net.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+    settings, first = {**asdict(cfg), "world_size": world_size}, 0
+    state = util.resume(folder / "state.pt", settings, model.fingerprint)
+    if state:
+        first = state["iter"]
+        net.load_state_dict(state["adapter"], strict=False)
+        opt.load_state_dict(state["opt"])
+    if cfg.compile:
+        for block in net.joint_blocks:
+            block.compile()
+    policy = DDP(net) if world_size > 1 else net
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    times = schedule(cfg.steps).to(device)
+    trained = range(*cfg.noisy)
+    prompts, images = cfg.batch // cfg.group, cfg.batch // world_size        # prompts over all ranks, images on this one
+    log = util.Log(folder, rank, settings, first)
+
+    for it in tqdm(range(first, cfg.iters), initial=first, total=cfg.iters, desc=name, disable=rank > 0):
+        start = time.time()
+        # 1. Prompts: the same list on every rank; each takes its own whole groups.
+        rng = np.random.default_rng((cfg.seed, it))
+        metas = [world.draw_prompt(rng, pattern[(it * prompts + j) % len(pattern)], "train") for j in range(prompts)]
+        mine = range(rank * images, (rank + 1) * images)                     # indices into the batch of all ranks
+        metas = [metas[i // cfg.group] for i in mine]
+        text = encode(model.text, [m["prompt"] for m in metas])
+
+        # 2. Rollout: the current policy samples, and remembers every state and its log-probability.
+        noise = draw_noise([(cfg.seed, it, i) for i in mine], cfg.steps, model.latent_shape()).to(device)
+        with autocast:
+            traj = rollout(net, noise, times, text, cfg.guidance, "policy", cfg.kind, cfg.a, trained)
+
+        # 3. Reward of the final image, each by its own task's, and the advantage over the group.
+        pixels = model.images(traj.x[:, -1])
+        reward = torch.zeros(images, device=device)
+        for task in rewards:
+            rows = [i for i, m in enumerate(metas) if m["task"] == task]
+            if rows:
+                total = score(rewards[task], pixels[rows], [metas[i] for i in rows], world)["total"]
+                reward[rows] = torch.as_tensor(total, dtype=torch.float32, device=device)
+        everyone = util.gather(reward)
+        adv, keep = advantages(reward, cfg.group, cfg.std, everyone)
+
+        # 4. Update: each trained step of each trajectory, scored again under the policy that now learns.
+        stats = {"ratio_err": 0.0, "clip_frac": 0.0, "kl": 0.0, "grad_norm": 0.0}
+        per_update = images // cfg.updates
+        for u in range(cfg.updates):
+            rows = torch.arange(u * per_update, (u + 1) * per_update, device=device)
+            kept = util.sync_mean(keep[rows].float().sum()) * world_size     # images with a signal, over all ranks
+            if kept == 0:
+                continue
+            pieces = [(part, k) for part in rows.split(cfg.micro) for k in trained]
+            for n, (i, k) in enumerate(pieces):
+                with util.no_sync(policy, skip=n < len(pieces) - 1), autocast:
+                    x, x_next, sub = traj.x[i, k], traj.x[i, k + 1], text.rows(i)
+                    t, t_next = times[k].expand(len(i)), times[k + 1]
+                    v = velocity(policy, x, t, sub, cfg.guidance, "policy").float()
+                    mean, std = step(cfg.kind, x, v, t, t_next, cfg.a, times[1])
+                    logp = log_prob(x_next, mean, std)
+                    loss, ratio = ppo_loss(logp, traj.logp[i, k], adv[i], cfg.clip)
+                    with torch.no_grad():                                    # the reference is the base: no adapter
+                        v_ref = velocity(net, x, t, sub, cfg.guidance, None).float()
+                        mean_ref, _ = step(cfg.kind, x, v_ref, t, t_next, cfg.a, times[1])
+                    kl = gaussian_kl(mean, mean_ref, std)
+                    loss = ((loss + cfg.beta * kl) * keep[i]).sum() / (kept * len(trained))
+                    (loss * world_size).backward()                           # DDP averages over ranks; the loss above is a share of a sum
+                if u == 0:
+                    stats["ratio_err"] = max(stats["ratio_err"], (ratio - 1).abs().max().item())
+                stats["clip_frac"] += ((ratio - 1).abs() > cfg.clip).float().mean().item() / (len(pieces) * cfg.updates)
+                stats["kl"] += kl.mean().item() / (len(pieces) * cfg.updates)
+            stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+            opt.step()
+            opt.zero_grad()
+
+        # 5. Log and save.
+        everyone_task = [pattern[(it * prompts + j) % len(pattern)] for j in range(prompts) for _ in range(cfg.group)]
+        by_task = {f"reward_{t}": everyone[[n for n, e in enumerate(everyone_task) if e == t]].mean().item() for t in rewards if t in everyone_task}
+        seconds = time.time() - start
+        log({"iter": it + 1, **by_task, "reward_std": everyone.std().item(), "zero_std_ratio": 1 - util.sync_mean(keep.float().mean()).item(),
+             **stats, "s/it": seconds, "images/s": cfg.batch / seconds})
+        if rank == 0 and ((it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters):
+            util.save_atomic({"iter": it + 1, "adapter": {k: p for k, p in net.state_dict().items() if k.endswith(".policy")},
+                              "opt": opt.state_dict(), "settings": settings, "base": model.fingerprint}, folder / "state.pt")
+
+    if rank == 0:
+        util.save_adapter(out, task="+".join(cfg.tasks), reward=rewards, anchor=cfg.anchor, base=model.fingerprint, r=cfg.r, alpha=cfg.alpha,
+                          tensors=net.adapter("policy"), settings=settings)
+        print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    util.run(main, Config)

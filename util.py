@@ -1,0 +1,197 @@
+"""The plumbing that teaches nothing: command line, process group, atomic files, metrics log, moving average."""
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import sys
+import time
+import typing
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+# ------------------------------------------------------------------ command line
+
+
+def parse(cls, argv=None):
+    """A dataclass is the whole command line: each field is a flag, its doc is the comment on its line in the class."""
+    docs = field_docs(cls)
+    p = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        kind, flag = hints[f.name], "--" + f.name.replace("_", "-")
+        doc = f"{docs.get(f.name, '')} (default: {default})".replace("%", "%%")
+        if typing.get_origin(kind) is list:
+            p.add_argument(flag, nargs="*", type=typing.get_args(kind)[0], default=default, help=doc)
+        elif kind is bool:
+            p.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=doc)
+        elif typing.get_origin(kind) is typing.Literal:
+            p.add_argument(flag, choices=typing.get_args(kind), default=default, help=doc)
+        else:
+            kind = next((k for k in typing.get_args(kind) if k is not type(None)), kind)      # "int | None" -> int
+            p.add_argument(flag, type=kind, default=default, help=doc)
+    return cls(**vars(p.parse_args(argv)))
+
+
+def field_docs(cls):
+    """field -> the comment behind it in the source of the dataclass."""
+    import inspect
+    docs = {}
+    for line in inspect.getsource(cls).splitlines():
+        name, colon, rest = line.strip().partition(":")
+        if colon and name.isidentifier() and "#" in rest:
+            docs[name] = rest.split("#", 1)[1].strip()
+    return docs
+
+
+def run(main, cls):
+    """Parse, run, and turn a ValueError (bad input) into one line on rank 0 and exit code 2."""
+    cfg = parse(cls)
+    try:
+        main(cfg)
+    except ValueError as e:
+        if os.environ.get("DEBUG"):
+            raise
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)             # at once, so that no rank waits for another
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------ process group
+
+
+def setup(device="auto", seed=0):
+    """Start torch.distributed if launched by torchrun. Returns rank, world size, device. Works unlaunched too (one rank)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
+    if device.split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"--device {device}: expected auto, cuda, mps or cpu")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: this machine (or this build of torch) has no CUDA device; use --device cpu")
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=30))
+    torch.manual_seed(seed)
+    return rank, world, torch.device(device)
+
+
+def sync_mean(x):
+    """Average a tensor over the ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def gather(x):
+    """Concatenate a tensor (the same shape on every rank) over the ranks, in rank order."""
+    if not dist.is_initialized():
+        return x
+    out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(out, x.contiguous())
+    return torch.cat(out)
+
+
+def no_sync(net, skip):
+    """Inside: gradients are not yet averaged over the ranks (if skip, and if net is wrapped in DDP)."""
+    return net.no_sync() if skip and hasattr(net, "no_sync") else contextlib.nullcontext()
+
+
+def generator(*key):
+    """A CPU random generator from any key: the same key gives the same numbers on every machine, rank and resume."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+# ------------------------------------------------------------------ files
+
+
+def save_atomic(obj, path):
+    """torch.save to a temporary name, flushed to the disk, then renamed: the file is whole or it is the old one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(tmp, "wb") as f:
+        torch.save(obj, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+def read_pt(path, keys):
+    """torch.load of plain tensors and containers (never pickled code), with the keys it must have."""
+    try:
+        obj = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: holds something other than plain tensors and containers (pickled code is refused), or is corrupt") from None
+    except (OSError, RuntimeError, EOFError, KeyError) as e:
+        raise ValueError(f"{path}: not a readable checkpoint ({str(e).splitlines()[0]})") from None
+    missing = [k for k in keys if not isinstance(obj, dict) or k not in obj]
+    if missing:
+        raise ValueError(f"{path}: expected a checkpoint with {', '.join(keys)}; it lacks {', '.join(missing)}")
+    return obj
+
+
+ADAPTER = ("task", "anchor", "base", "r", "alpha", "tensors", "settings")
+
+
+def save_adapter(path, **fields):
+    """Write a teacher or a student: plain tensors and containers, with the fields of ADAPTER and any more."""
+    assert not set(ADAPTER) - set(fields)
+    save_atomic(fields, path)
+
+
+def read_adapter(path, base):
+    """Read what save_adapter wrote. ValueError if it is something else, or belongs to another base (its fingerprint)."""
+    adapter = read_pt(path, ADAPTER)
+    if adapter["base"] != base:
+        raise ValueError(f"{path}: is an adapter of base {adapter['base']}, but --model has fingerprint {base}; an adapter fits only the base it was trained on")
+    return adapter
+
+
+def resume(path, settings, base):
+    """The state of a stopped run, or None. ValueError if it was made by other settings (but for how long and where it runs) or base."""
+    if not Path(path).exists():
+        return None
+    state = read_pt(path, ["iter", "settings", "base"])
+    free = {"iters", "save_every", "device", "micro", "compile"}
+    changed = [k for k in settings if k not in free and settings[k] != state["settings"].get(k)] + ["model"] * (base != state["base"])
+    if changed:
+        raise ValueError(f"{path}: holds a run with another {', '.join(changed)}; give --name NEW, or delete {Path(path).parent} to start over")
+    return state
+
+
+class Log:
+    """One line an iteration on the screen, the same dict as one line of JSON in DIR/log.jsonl. Only rank 0 writes."""
+
+    def __init__(self, folder, rank, config, resume_at=0):
+        self.on, self.path, self.start = rank == 0, Path(folder) / "log.jsonl", time.time()
+        if self.on:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # A resumed run forgets the lines after the checkpoint it goes on from, so that no iteration stands there twice.
+            old = [line for line in self.path.read_text().splitlines() if json.loads(line)["iter"] <= resume_at] if resume_at and self.path.exists() else []
+            self.path.write_text("".join(line + "\n" for line in old))
+            (self.path.parent / "config.json").write_text(json.dumps(config, indent=1))
+
+    def __call__(self, row):
+        if self.on:
+            with open(self.path, "a") as f:
+                f.write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+            tqdm.write(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
