@@ -10,7 +10,7 @@ Writes OUT.md (a table), OUT.json (all numbers) and OUT.png (rows prompts, colum
 Scores: geneval is the benchmark's own rule, the mean of the six tags' means; ocr 1 - edits / length; quality is prompt-free, on its own
 prompts (and, in the JSON, on the other tasks' images too). average is formed as the paper forms it: the mean of the tasks' scores,
 each scaled to at most 1 (GenEval and OCR as they are, DeQA / 5, PickScore / 26; the tiny world's quality is in [0, 1] already).
-Standard errors are over images, given the prompts.
+Standard errors are over images. A second table sets the last model beside every other one, image by image.
 """
 import json
 import math
@@ -26,10 +26,8 @@ from tqdm import tqdm
 
 import model as models
 import util
-from rewards import REWARDS, world_of
+from rewards import score, world_of
 from sampler import draw_noise, encode, sample, schedule
-
-SCORE = {"geneval": "geneval_benchmark", "ocr": "ocr", "quality": "quality"}
 
 
 @dataclass
@@ -67,16 +65,19 @@ def mean_se(scores):
     return float(np.mean(scores)), float(np.std(scores, ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else float("nan")
 
 
-def summarise(scores, metas, tags):
-    """Per-image scores {task: {reward: (n,)}} -> {column: [mean, standard error, n]}, with the six tags and the average."""
-    out = {}
+def summarise(scores, metas, world):
+    """Per-image scores {task: (n,)} -> {column: [mean, standard error, n]}, with the six tags and the average.
+
+    Given the difference of two models' scores on the same prompts and noise, the errors are those of the paired difference.
+    """
+    out, tags = {}, world.TAGS
     for tag in tags:
         rows = [i for i, m in enumerate(metas["geneval"]) if m["tag"] == tag]
-        out[tag] = [*mean_se(scores["geneval"]["geneval_benchmark"][rows]), len(rows)]
+        out[tag] = [*mean_se(scores["geneval"][rows]), len(rows)]
     out["geneval"] = [float(np.mean([out[t][0] for t in tags])), math.sqrt(sum(out[t][1] ** 2 for t in tags)) / len(tags), len(metas["geneval"])]
     for task in scores:
         if task != "geneval":
-            out[task] = [*mean_se(scores[task][SCORE[task]]), len(metas[task])]
+            out[task] = [*mean_se(scores[task]), len(metas[task])]
     out["average"] = [float(np.mean([out[t][0] for t in scores])), math.sqrt(sum(out[t][1] ** 2 for t in scores)) / len(scores),
                       sum(len(m) for m in metas.values())]
     return out
@@ -89,6 +90,19 @@ def table(results, tags, tasks):
         lines.append(f"| {label} | " + " | ".join(f"{row[c][0]:.3f} ± {row[c][1]:.3f}" for c in columns) + " |")
     n = next(iter(results.values()))
     return "\n".join(lines) + f"\n\nmean ± standard error; n = {n[tags[0]][2]} images a tag, " + ", ".join(f"{n[t][2]} {t}" for t in tasks) + ", per model\n"
+
+
+def gaps(scores, metas, world):
+    """The last model minus every other one, paired image by image: [[other, {task: [difference, standard error, n]}]]."""
+    *others, last = scores
+    return [[other, summarise({t: scores[last][t] - scores[other][t] for t in world.TASKS}, metas, world)] for other in others]
+
+
+def gap_table(last, rows, tasks):
+    columns = [*tasks, "average"]
+    lines = [f"| {last} minus | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {other} | " + " | ".join(f"{row[c][0]:+.3f} ± {row[c][1]:.3f}" for c in columns) + " |" for other, row in rows]
+    return "\n".join(lines) + "\n\npaired differences, image by image (same prompt, same noise)\n"
 
 
 def picture(shown, path, scale=3):
@@ -113,6 +127,11 @@ def main(cfg):
     model = models.load(cfg.model, device)
     world = world_of(model)
     labels = read_models(cfg, model.mmdit, model.fingerprint)
+    util.positive(cfg, "steps", "batch")
+    if not labels:
+        raise ValueError("--ckpts: got none, expected at least one model, e.g. --ckpts base ckpt/*.pt")
+    if not len(world.TASKS) <= cfg.rows <= cfg.n:
+        raise ValueError(f"--rows {cfg.rows}: expected at least one a task ({len(world.TASKS)}), at most --n {cfg.n}")
     if cfg.n < 2 * len(world.TAGS) or cfg.n % world_size:
         raise ValueError(f"--n {cfg.n}: expected at least {2 * len(world.TAGS)} images a task, a multiple of the {world_size} rank(s)")
     times, start = schedule(cfg.steps).to(device), time.time()
@@ -120,36 +139,41 @@ def main(cfg):
     metas = {task: world.eval_prompts(task, cfg.n, cfg.split) for task in world.TASKS}
     share = cfg.n // world_size
     mine = range(rank * share, (rank + 1) * share)
-    results, raw, shown = {}, {}, {label: [] for label in labels}
+    per_image, shown = {label: {task: {} for task in world.TASKS} for label in labels}, {label: [] for label in labels}
     bar = tqdm(total=len(labels) * len(world.TASKS) * share, desc="eval", unit="image", disable=rank > 0)
     for label, adapter in labels.items():
-        scores = {task: {} for task in world.TASKS}
         for task in world.TASKS:
-            parts = {name: [] for name in dict.fromkeys([SCORE[task], "quality"] + ["geneval_strict"] * (task == "geneval"))}
+            spec = dict.fromkeys([world.SCORE[task], "quality"] + ["geneval_strict"] * (task == "geneval"), 1.0)
+            parts = {name: [] for name in spec}
+            wanted = (world.TASKS.index(task) + 1) * cfg.rows // len(world.TASKS)
             for i in torch.tensor(mine).split(cfg.batch):
                 batch = [metas[task][j] for j in i]
                 noise = draw_noise([(cfg.seed, "eval", task, int(j)) for j in i], 0, model.latent_shape())[:, 0].to(device)
                 with torch.no_grad(), autocast:
                     latents = sample(model.mmdit, noise, times, encode(model.text, [m["prompt"] for m in batch]), cfg.guidance, adapter)
                 images = model.images(latents)
+                scores = score(spec, images, batch, world)
                 for name in parts:
-                    parts[name].append(REWARDS[name](images, batch, world))
-                if len(shown[label]) < (world.TASKS.index(task) + 1) * cfg.rows // len(world.TASKS):
-                    shown[label] += [(m["prompt"], image) for m, image in zip(batch, images)][:cfg.rows // len(world.TASKS)]
+                    parts[name].append(scores[name])
+                shown[label] += [(m["prompt"], image) for m, image in zip(batch, images)][:wanted - len(shown[label])]
                 bar.update(len(i))
             for name, values in parts.items():
-                scores[task][name] = util.gather(torch.from_numpy(np.concatenate(values)).to(device)).cpu().numpy()
-        results[label] = summarise(scores, metas, world.TAGS)
-        raw[label] = {f"{task} images, {name}": mean_se(values) for task, s in scores.items() for name, values in s.items()}
+                per_image[label][task][name] = util.gather(torch.from_numpy(np.concatenate(values)).to(device)).cpu().numpy()
     bar.close()
     if rank > 0:
         return
-    text = table(results, world.TAGS, world.TASKS)
+    main_scores = {label: {task: per_image[label][task][world.SCORE[task]] for task in world.TASKS} for label in labels}
+    results = {label: summarise(s, metas, world) for label, s in main_scores.items()}
+    differences = gaps(main_scores, metas, world)
+    text = table(results, world.TAGS, world.TASKS) + ("\n" + gap_table(list(labels)[-1], differences, world.TASKS) if differences else "")
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text(text)
-    out.with_suffix(".json").write_text(json.dumps({"settings": asdict(cfg), "world_size": world_size, "base": model.fingerprint, "seconds": time.time() - start,
-                                                    "table (mean, standard error, n)": results, "every score (mean, standard error)": raw}, indent=1))
+    numbers = {"settings": asdict(cfg), "world_size": world_size, "base": model.fingerprint, "torch": torch.__version__, "device": str(device),
+               "seconds": time.time() - start, "table: mean, standard error, n": results, f"{list(labels)[-1]} minus: mean, standard error, n": dict(differences),
+               "all scores: mean, standard error": {label: {f"{name} on {task}": mean_se(v) for task, s in per_image[label].items() for name, v in s.items()}
+                                                    for label in labels}}
+    out.with_suffix(".json").write_text(json.dumps(numbers, indent=1))
     picture(shown, out.with_suffix(".png"))
     print(f"\n{text}\nwrote {out}.md, {out}.json, {out}.png in {time.time() - start:.0f} s")
 

@@ -50,7 +50,7 @@ class LoRALinear(nn.Linear):
             return y
         if isinstance(adapter, str):
             A, B = self.A[adapter], self.B[adapter]
-            h = F.linear(x, A.flatten(0, 1)).unflatten(-1, A.shape[:2])                    # (B, T, n, r)
+            h = F.linear(x, A.flatten(0, 1).to(x.dtype)).unflatten(-1, A.shape[:2])                    # (B, T, n, r)
             return y + self.scale[adapter] * torch.einsum("btnr,nor->btno", h, B.to(h.dtype)).flatten(-2)
         # Adapters of different rank are padded with zeros to the widest; index -1 picks the last entry, which is all zeros.
         r = max(self.A[k].shape[1] for k in adapter.names)
@@ -471,7 +471,7 @@ class TinyText(nn.Module):
         """prompts, a list of B strings -> context (B, L, dim), pooled (B, dim)."""
         tokens = self.tokens(prompts)
         context = self.embed(tokens) + self.place
-        used = (tokens > 0).unsqueeze(-1).float()
+        used = (tokens > 0).unsqueeze(-1).to(context.dtype)
         return context, self.pool((context * used).sum(1) / used.sum(1).clamp(min=1))
 
 
@@ -533,9 +533,13 @@ def load(path, device="cpu", dtype=torch.float32):
     if meta.get("world") != "tiny" or not all(part.values()):
         raise ValueError(f"{path}: expected a tiny-world model with tensors {', '.join(PREFIX.values())}*; make one with `python tiny.py`")
     shape = {p: {k: tuple(v.shape) for k, v in ts.items()} for p, ts in part.items()}
-    length, dim = shape["text"]["place"]
-    mmdit = load_strictly(MMDiT(MMDiTConfig.from_shapes(shape["mmdit"])), part["mmdit"], f"{path} (transformer)")
-    vae = load_strictly(VAE.from_shapes(shape["vae"]), part["vae"], f"{path} (VAE)")
-    text = load_strictly(TinyText(json.loads(meta["vocab"]), length, dim), part["text"], f"{path} (text encoder)")
+    try:
+        (length, dim), vocab, resolution = shape["text"]["place"], json.loads(meta["vocab"]), int(meta["resolution"])
+        mmdit, vae = MMDiT(MMDiTConfig.from_shapes(shape["mmdit"])), VAE.from_shapes(shape["vae"])
+    except (KeyError, IndexError, ValueError) as e:
+        raise ValueError(f"{path}: cannot read the architecture off it, for want of {e}") from None
+    load_strictly(mmdit, part["mmdit"], f"{path} (transformer)")
+    load_strictly(vae, part["vae"], f"{path} (VAE)")
+    text = load_strictly(TinyText(vocab, length, dim), part["text"], f"{path} (text encoder)")
     mmdit, vae, text = (m.to(device, dtype).eval().requires_grad_(False) for m in (mmdit, vae, text))
-    return Model(mmdit, vae, text, fingerprint(part["mmdit"]), meta["world"], int(meta["resolution"]))
+    return Model(mmdit, vae, text, fingerprint(part["mmdit"]), meta["world"], resolution)

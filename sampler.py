@@ -127,9 +127,10 @@ def log_prob(x_next, mean, std):
 
 
 def gaussian_kl(mean_p, mean_q, std):
-    """KL(N(mean_p, std^2) || N(mean_q, std^2)) = |mean_p - mean_q|^2 / (2 std^2), averaged over elements: (B,).
+    """KL(N(mean_p, std^2) || N(mean_q, std^2)) = mean of (mean_p - mean_q)^2 / (2 std^2) over elements: (B,), nats per latent element.
 
-    The mean is affine in v, so for the SDE this is w(t) |v_p - v_q|^2, w(t) = dt/2 (sigma_t (1 - t) / (2 t) + 1 / sigma_t)^2.
+    The step's mean is affine in v, so for the SDE this is w(t) mean (v_p - v_q)^2, w(t) = dt/2 (sigma_t (1 - t) / (2 t) + 1 / sigma_t)^2.
+    DEVIATION: averaged over elements as log_prob is; and std^2 = sigma_t^2 dt is the step's variance, where the released code has sigma_t^2.
     """
     return ((mean_p - mean_q) ** 2 / (2 * std ** 2)).flatten(1).mean(1)
 

@@ -11,17 +11,18 @@ tone goes from dusk to cream. Three tasks, in the roles the paper's rewards have
   geneval   "a photo of a red circle and a blue square": GenEval's six tags in GenEval's own JSON schema
   ocr       'a sign that says "HAT"'
   quality   "a poster of ...": a score that never looks at the prompt. It likes a cream background (0.4) and an empty page (0.6):
-            up to one figure is free, every further one costs. So it is at odds with prompts that ask for two or three objects or
+            up to one figure is free, further ones cost. So it is at odds with prompts that ask for two or three objects or
             for a word, as a human-preference reward is at odds with GenEval (in the paper GRPO-PickScore falls from 0.63 to 0.51).
 
 The base is imperfect the way SD3.5-Medium is: it draws crisply and often draws the wrong thing, because in training the picture did
 not always follow its caption (`corrupt`). Reinforcement learning then has to choose the right mode, not to learn to draw.
 
-Held out for evaluation, and seen by no stage of training (but for the four captions of single_object, which the base needs):
-combinations. Of 24 colour-shape pairs 6, of 12 count-shape pairs 3, of 12 ordered shape pairs 4, colour_attr prompts with a held-out
-colour-shape pair, a fifth of all words.
+Held out for evaluation, as captions that no stage of training reads (but for the four of single_object, which the base needs):
+combinations. Of 24 colour-shape pairs 6, of 12 count-shape pairs 3, of 12 ordered shape pairs 4, color_attr prompts with a held-out
+colour-shape pair, a fifth of all words. Shape pairs are held out of two_object and position only.
 """
 import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -41,7 +42,7 @@ from model import MMDiT, MMDiTConfig, TinyText, VAE, PREFIX
 
 SIDE, CELL = 32, 8
 SHAPES = {"circle": (".####.", "######", "######", "######", "######", ".####."),
-          "square": ("######",) * 6,
+          "square": ("######", "#....#", "#....#", "#....#", "#....#", "######"),      # hollow: a full one is a circle but for 4 pixels
           "triangle": ("..##..", "..##..", ".####.", ".####.", "######", "######"),
           "cross": ("..##..", "..##..", "######", "######", "..##..", "..##..")}
 COLORS = {"red": (230, 40, 40), "green": (30, 150, 60), "blue": (40, 70, 230), "yellow": (245, 205, 20),
@@ -57,6 +58,10 @@ COUNTS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 S, C, A = list(SHAPES), list(COLORS), list(FONT)
 TASKS = ("geneval", "ocr", "quality")
+# What a teacher of the task is rewarded for, and what evaluation reports. Half of GenEval's reward is the strict form: the soft form alone pays
+# for half-right pictures and can be gamed.
+REWARD = {"geneval": "geneval=0.5,geneval_strict=0.5", "ocr": "ocr", "quality": "quality"}
+SCORE = {"geneval": "geneval_benchmark", "ocr": "ocr", "quality": "quality"}
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 TRAIN_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}      # Flow-GRPO's; no single_object
 VOCAB = ["<pad>", *"a an photo poster sign of and that says left right above below".split(), '"', *COUNTS, *C, *S,
@@ -131,7 +136,8 @@ def draw_word(rng, split):
 def draw_prompt(rng, task, split, tags=None):
     """One prompt's metadata. tags: tag -> weight, for geneval (default: Flow-GRPO's training mix in train, all six alike in eval)."""
     if task == "geneval" or task == "quality" and rng.random() < 0.5:
-        tags = tags or (TRAIN_MIX if split == "train" and task == "geneval" else dict.fromkeys(TAGS, 1))
+        # single_object has no held-out combinations: only geneval's evaluation draws it (and the base's training, which says so by tags)
+        tags = tags or ({t: 1 for t in TAGS if t != "single_object"} if task == "quality" else TRAIN_MIX if split == "train" else dict.fromkeys(TAGS, 1))
         p = np.array(list(tags.values()), float)
         options = PROMPTS["photo" if task == "geneval" else "poster", list(tags)[rng.choice(len(p), p=p / p.sum())], split]
         return {**options[rng.integers(len(options))], "task": task}
@@ -309,12 +315,12 @@ def read(images, least=0.87):
 def quality(images):
     """Prompt-free quality, (N,) in [0, 1]: 0.4 * tone + 0.6 * calm, the weights of the paper's anchor (0.4 DeQA + 0.6 PickScore).
 
-    tone: how cream the background is. calm: 1 while at most 3% of the pixels are drawn on (one figure), falling to 0 at 9%.
+    tone: how cream the background is. calm: 1 while at most 32 pixels are drawn on (one figure), falling to 0 at 92.
     """
     label, tone = segment(images)
     empty = label == 0
     tone = (tone * empty).sum((1, 2)) / np.maximum(empty.sum((1, 2)), 1)
-    calm = 1 - np.clip((1 - empty.mean((1, 2)) - 0.03) / 0.06, 0, 1)
+    calm = 1 - np.clip(((~empty).sum((1, 2)) - 32) / 60, 0, 1)
     return (0.4 * tone + 0.6 * calm).astype(np.float32)
 
 
@@ -334,12 +340,13 @@ class Config:
     out: str = "ckpt/tiny.safetensors"   # the model file to write
     run: str = "runs/tiny"               # where the resumable state and the log live
     pool: int = 65536                    # training pictures, rendered and encoded once
-    vae_steps: int = 1800                # steps of the VAE
-    steps: int = 10000                   # steps of the base
+    vae_steps: int = 2000                # steps of the VAE
+    steps: int = 6000                    # steps of the base
     batch: int = 64                      # pictures a step, over all ranks
     lr: float = 1e-3                     # AdamW, warm-up then cosine to zero
     width: int = 128                     # of the MMDiT
     depth: int = 4                       # of the MMDiT
+    save_every: int = 500                # steps between resumable states (and versions of the model file)
     dropout: float = 0.1                 # captions replaced by "" (for guidance)
     seed: int = 0                        # of everything
     device: str = "auto"                 # auto, cuda, mps, cpu
@@ -347,7 +354,7 @@ class Config:
 
 
 def lr_at(step, cfg, steps):
-    return cfg.lr * min(1, step / 200) * 0.5 * (1 + np.cos(np.pi * step / steps))
+    return cfg.lr * min(1, step / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def train_vae(cfg, rank, world, device, state):
@@ -440,21 +447,23 @@ def main(cfg):
     if cfg.batch % world or cfg.pool % (256 * world):
         raise ValueError(f"--batch {cfg.batch} and --pool {cfg.pool}: expected multiples of {world} and {256 * world} with {world} ranks")
     state_path = Path(cfg.run) / "state.pt"
-    state = util.read_pt(state_path, ["vae"]) if state_path.exists() else {}
+    # The VAE and base belong to the pictures they saw: settings and the world itself must be those of the stopped run.
+    settings = {**{k: v for k, v in asdict(cfg).items() if k not in ("out", "run", "show")}, "world_size": world, "world": str((SHAPES, COLORS, FONT, VOCAB))}
+    state = util.resume(state_path, settings, "tiny") or {}
     vae = train_vae(cfg, rank, world, device, state)
     if rank == 0 and not state:
-        util.save_atomic({"vae": vae.state_dict()}, state_path)
+        util.save_atomic({"iter": 0, "settings": settings, "base": "tiny", "vae": vae.state_dict()}, state_path)
     prompts, latents = make_pool(cfg, vae, rank, world, device)
 
     torch.manual_seed(cfg.seed)
     base = Base(cfg).to(device)
     opt = torch.optim.AdamW(base.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
     first = 0
-    if "base" in state:
-        base.load_state_dict(state["base"])
+    if "weights" in state:
+        base.load_state_dict(state["weights"])
         opt.load_state_dict(state["opt"])
-        first = state["step"]
-    ddp = DDP(base) if world > 1 else base
+        first = state["iter"]
+    ddp = DDP(base, broadcast_buffers=False) if world > 1 else base
     log = util.Log(cfg.run, rank, asdict(cfg), first)
     bar, start, losses = trange(first, cfg.steps, initial=first, total=cfg.steps, desc="base", disable=rank > 0), time.time(), []
     for step in bar:
@@ -471,10 +480,11 @@ def main(cfg):
         torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0)
         opt.step()
         losses.append(loss.item())
-        if rank == 0 and ((step + 1) % 500 == 0 or step + 1 == cfg.steps):
+        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
             log({"iter": step + 1, "loss": float(np.mean(losses)), "images/s": len(losses) * cfg.batch / (time.time() - start)})
             losses, start = [], time.time()
-            util.save_atomic({"vae": vae.state_dict(), "base": base.state_dict(), "opt": opt.state_dict(), "step": step + 1}, state_path)
+            util.save_atomic({"iter": step + 1, "settings": settings, "base": "tiny", "vae": vae.state_dict(), "weights": base.state_dict(),
+                              "opt": opt.state_dict()}, state_path)
             write_model(base, vae, cfg.out)
 
 

@@ -24,11 +24,7 @@ from tqdm import tqdm
 import model as models
 import util
 from rewards import parse_reward, score, world_of
-from sampler import draw_noise, encode, gaussian_kl, log_prob, rollout, schedule, step, velocity
-
-# What each task's teacher is rewarded for, unless --reward says otherwise. Half of GenEval's is the strict form, because the soft
-# form alone can be gamed (method: half-right pictures pay).
-REWARD = {"geneval": "geneval=0.5,geneval_strict=0.5", "ocr": "ocr", "quality": "quality"}
+from sampler import Trajectory, draw_noise, encode, gaussian_kl, log_prob, rollout, schedule, step, velocity
 
 
 @dataclass
@@ -36,7 +32,7 @@ class Config:
     model: str = "ckpt/tiny.safetensors"                                 # the base
     tasks: list[str] = field(default_factory=lambda: ["geneval"])        # one task: a teacher; several: GRPO-Mix
     ratio: list[int] = field(default_factory=list)                       # prompts of each task, e.g. 3 1 1 (default: all alike)
-    reward: list[str] = field(default_factory=list)                      # a reward for each task, e.g. "geneval=0.5,geneval_strict=0.5"
+    reward: list[str] = field(default_factory=list)                      # a reward for each task, e.g. "geneval=0.5,geneval_strict=0.5" (default: the world's REWARD)
     anchor: bool = False                                                 # mark the result as the task-agnostic quality teacher (MAR)
     name: str = ""                                                       # run name (default: grpo-TASKS)
     out: str = ""                                                        # result (default: ckpt/TASK.pt, or runs/NAME/adapter.pt for a mix)
@@ -45,7 +41,7 @@ class Config:
     group: int = 12                                                      # G, images a prompt
     steps: int = 8                                                       # K, steps of a rollout
     noisy: list[int] = field(default_factory=lambda: [0, 5])             # steps FROM TO (exclusive) take noise and are trained; the rest are ODE
-    kind: Literal["sde", "cps"] = "sde"                                  # how noise is added
+    rollout: Literal["sde", "cps"] = "sde"                               # how noise is added
     a: float = 0.7                                                       # noise level
     guidance: float = 1.0                                                # w, in rollouts and updates alike
     r: int = 16                                                          # LoRA rank
@@ -53,23 +49,23 @@ class Config:
     lr: float = 5e-4                                                     # AdamW
     beta: float = 0.01                                                   # weight of the KL to the base
     clip: float = 1e-4                                                   # PPO clip range (see sampler.log_prob for why so small)
-    std: Literal["batch", "group"] = "batch"                             # what advantages are divided by: all rewards' std, or the group's
+    adv_std: Literal["batch", "group"] = "batch"                         # what advantages are divided by: all rewards' std, or the group's
     updates: int = 1                                                     # optimiser steps a rollout, each on its share of the batch
-    micro: int = 96                                                      # images a forward pass (memory)
+    micro: int = 96                                                      # images a forward pass, in rollouts and updates (memory)
     save_every: int = 25                                                 # iterations between resumable states
     compile: bool = False                                                # torch.compile the blocks
     seed: int = 0                                                        # of everything
     device: str = "auto"                                                 # auto, cuda, mps, cpu
 
 
-def advantages(reward, group, std, everyone):
+def advantages(reward, group, adv_std, everyone):
     """reward (B,), a group's images in a row -> adv (B,), and keep (B,): False where a whole group's rewards are equal (no signal).
 
     adv = (reward - mean of the group) / std, clipped to +-5; std over `everyone`'s rewards (all ranks), or each group's own.
     """
     r = reward.view(-1, group)
     centred = r - r.mean(1, keepdim=True)
-    scale = r.std(1, keepdim=True, unbiased=False) if std == "group" else everyone.std(unbiased=False)
+    scale = r.std(1, keepdim=True, unbiased=False) if adv_std == "group" else everyone.std(unbiased=False)
     keep = (r.max(1).values > r.min(1).values).repeat_interleave(group)
     return (centred / (scale + 1e-6)).clamp(-5, 5).flatten(), keep
 
@@ -83,6 +79,7 @@ def ppo_loss(logp, logp_old, adv, clip):
 
 def check(cfg, world_size, world):
     """All that can be known to be wrong before any time is spent."""
+    util.positive(cfg, "iters", "batch", "group", "steps", "a", "r", "alpha", "lr", "updates", "micro", "save_every")
     for task in cfg.tasks:
         if task not in world.TASKS:
             raise ValueError(f"--tasks {task}: unknown task; this model's world has {', '.join(world.TASKS)}")
@@ -98,10 +95,24 @@ def check(cfg, world_size, world):
     if cfg.batch % (cfg.group * world_size * cfg.updates):
         raise ValueError(f"--batch {cfg.batch} with --group {cfg.group}, {world_size} rank(s) and --updates {cfg.updates}: groups are never split, "
                          f"so the batch must be a multiple of {cfg.group * world_size * cfg.updates}")
+    if cfg.beta < 0 or cfg.clip <= 0:
+        raise ValueError(f"--beta {cfg.beta} --clip {cfg.clip}: expected beta >= 0 and clip > 0")
     if len(cfg.noisy) != 2 or not 0 <= cfg.noisy[0] < cfg.noisy[1] <= cfg.steps:
         raise ValueError(f"--noisy {cfg.noisy}: expected FROM TO with 0 <= FROM < TO <= --steps {cfg.steps}")
-    if cfg.kind == "cps" and cfg.noisy[1] == cfg.steps:
-        raise ValueError(f"--noisy {cfg.noisy} --kind cps: the last CPS step has no noise and so no density; end at {cfg.steps - 1}")
+    if cfg.rollout == "cps" and cfg.noisy[1] == cfg.steps:
+        raise ValueError(f"--noisy {cfg.noisy} --rollout cps: the last CPS step has no noise and so no density; end at {cfg.steps - 1}")
+
+
+def check_rewards(rewards, model, world):
+    """Score a grey image against some prompts of each task: a reward that does not fit its task, or can't be reached, stops here."""
+    image = torch.full((1, 3, model.resolution, model.resolution), 0.5)
+    for task, spec in rewards.items():
+        for seed in range(16):
+            meta = world.draw_prompt(np.random.default_rng(seed), task, "train")
+            try:
+                score(spec, image, [meta], world)
+            except ValueError as e:
+                raise ValueError(f"--reward {'+'.join(spec)} does not fit task '{task}': {e}") from None
 
 
 def main(cfg):
@@ -110,7 +121,8 @@ def main(cfg):
     world = world_of(model)
     check(cfg, world_size, world)
     net = model.mmdit
-    rewards = {task: parse_reward(spec) for task, spec in zip(cfg.tasks, cfg.reward or [REWARD[t] for t in cfg.tasks])}
+    rewards = {task: parse_reward(spec) for task, spec in zip(cfg.tasks, cfg.reward or [world.REWARD[t] for t in cfg.tasks])}
+    check_rewards(rewards, model, world)
     pattern = [task for task, n in zip(cfg.tasks, cfg.ratio or [1] * len(cfg.tasks)) for _ in range(n)]
     name = cfg.name or "grpo-" + "-".join(cfg.tasks)
     folder = Path("runs") / name
@@ -121,7 +133,7 @@ def main(cfg):
     params = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
     settings, first = {**asdict(cfg), "world_size": world_size}, 0
-    state = util.resume(folder / "state.pt", settings, model.fingerprint)
+    state = util.resume(folder / "state.pt", settings, model.fingerprint, free=["iters"])
     if state:
         first = state["iter"]
         net.load_state_dict(state["adapter"], strict=False)
@@ -129,26 +141,29 @@ def main(cfg):
     if cfg.compile:
         for block in net.joint_blocks:
             block.compile()
-    policy = DDP(net) if world_size > 1 else net
+    policy = DDP(net, broadcast_buffers=False) if world_size > 1 else net
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     times = schedule(cfg.steps).to(device)
     trained = range(*cfg.noisy)
+    frozen = net                                                             # the reference: the base, without an adapter
     prompts, images = cfg.batch // cfg.group, cfg.batch // world_size        # prompts over all ranks, images on this one
     log = util.Log(folder, rank, settings, first)
 
     for it in tqdm(range(first, cfg.iters), initial=first, total=cfg.iters, desc=name, disable=rank > 0):
         start = time.time()
-        # 1. Prompts: the same list on every rank; each takes its own whole groups.
+        # 1. Prompts: the same list on every rank; each takes whole groups.
         rng = np.random.default_rng((cfg.seed, it))
         metas = [world.draw_prompt(rng, pattern[(it * prompts + j) % len(pattern)], "train") for j in range(prompts)]
-        mine = range(rank * images, (rank + 1) * images)                     # indices into the batch of all ranks
+        mine = util.share(cfg.batch, cfg.updates, rank, world_size)          # indices into the batch of all ranks
         metas = [metas[i // cfg.group] for i in mine]
         text = encode(model.text, [m["prompt"] for m in metas])
 
         # 2. Rollout: the current policy samples, and remembers every state and its log-probability.
         noise = draw_noise([(cfg.seed, it, i) for i in mine], cfg.steps, model.latent_shape()).to(device)
-        with autocast:
-            traj = rollout(net, noise, times, text, cfg.guidance, "policy", cfg.kind, cfg.a, trained)
+        minibatches = [rows.split(cfg.micro) for rows in torch.arange(images, device=device).chunk(cfg.updates)]
+        with autocast:                                                       # in the very pieces of the update: same shapes, same rounding
+            trajs = [rollout(net, noise[i], times, text.rows(i), cfg.guidance, "policy", cfg.rollout, cfg.a, trained) for part in minibatches for i in part]
+        traj = Trajectory(*(torch.cat(parts) for parts in zip(*trajs)))
 
         # 3. Reward of the final image, each by its own task's, and the advantage over the group.
         pixels = model.images(traj.x[:, -1])
@@ -159,45 +174,44 @@ def main(cfg):
                 total = score(rewards[task], pixels[rows], [metas[i] for i in rows], world)["total"]
                 reward[rows] = torch.as_tensor(total, dtype=torch.float32, device=device)
         everyone = util.gather(reward)
-        adv, keep = advantages(reward, cfg.group, cfg.std, everyone)
+        adv, keep = advantages(reward, cfg.group, cfg.adv_std, everyone)
 
         # 4. Update: each trained step of each trajectory, scored again under the policy that now learns.
-        stats = {"ratio_err": 0.0, "clip_frac": 0.0, "kl": 0.0, "grad_norm": 0.0}
-        per_update = images // cfg.updates
-        for u in range(cfg.updates):
-            rows = torch.arange(u * per_update, (u + 1) * per_update, device=device)
-            kept = util.sync_mean(keep[rows].float().sum()) * world_size     # images with a signal, over all ranks
+        shape = (images, len(trained))
+        ratios, kls, grad_norm = torch.ones(shape, device=device), torch.zeros(shape, device=device), 0.0
+        for part in minibatches:
+            kept = util.sync_mean(keep[torch.cat(part)].float().sum()) * world_size      # images with a signal, over all ranks
             if kept == 0:
                 continue
-            pieces = [(part, k) for part in rows.split(cfg.micro) for k in trained]
+            pieces = [(i, k) for i in part for k in trained]
             for n, (i, k) in enumerate(pieces):
                 with util.no_sync(policy, skip=n < len(pieces) - 1), autocast:
-                    x, x_next, sub = traj.x[i, k], traj.x[i, k + 1], text.rows(i)
-                    t, t_next = times[k].expand(len(i)), times[k + 1]
+                    x, x_next, sub, t, t_next = traj.x[i, k], traj.x[i, k + 1], text.rows(i), times[k].expand(len(i)), times[k + 1]
                     v = velocity(policy, x, t, sub, cfg.guidance, "policy").float()
-                    mean, std = step(cfg.kind, x, v, t, t_next, cfg.a, times[1])
+                    mean, std = step(cfg.rollout, x, v, t, t_next, cfg.a, times[1])
                     logp = log_prob(x_next, mean, std)
                     loss, ratio = ppo_loss(logp, traj.logp[i, k], adv[i], cfg.clip)
-                    with torch.no_grad():                                    # the reference is the base: no adapter
-                        v_ref = velocity(net, x, t, sub, cfg.guidance, None).float()
-                        mean_ref, _ = step(cfg.kind, x, v_ref, t, t_next, cfg.a, times[1])
+                    with torch.no_grad():
+                        v_ref = velocity(frozen, x, t, sub, cfg.guidance, None).float()
+                        mean_ref, _ = step(cfg.rollout, x, v_ref, t, t_next, cfg.a, times[1])
                     kl = gaussian_kl(mean, mean_ref, std)
                     loss = ((loss + cfg.beta * kl) * keep[i]).sum() / (kept * len(trained))
                     (loss * world_size).backward()                           # DDP averages over ranks; the loss above is a share of a sum
-                if u == 0:
-                    stats["ratio_err"] = max(stats["ratio_err"], (ratio - 1).abs().max().item())
-                stats["clip_frac"] += ((ratio - 1).abs() > cfg.clip).float().mean().item() / (len(pieces) * cfg.updates)
-                stats["kl"] += kl.mean().item() / (len(pieces) * cfg.updates)
-            stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+                ratios[i, k - trained[0]], kls[i, k - trained[0]] = ratio.detach(), kl.detach()
+            grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+            util.finite(grad_norm, it)
             opt.step()
             opt.zero_grad()
 
         # 5. Log and save.
-        everyone_task = [pattern[(it * prompts + j) % len(pattern)] for j in range(prompts) for _ in range(cfg.group)]
-        by_task = {f"reward_{t}": everyone[[n for n, e in enumerate(everyone_task) if e == t]].mean().item() for t in rewards if t in everyone_task}
+        routed = util.gather(torch.tensor([cfg.tasks.index(m["task"]) for m in metas], device=device))
+        by_task = {f"reward_{name}": everyone[routed == n].mean().item() for n, name in enumerate(cfg.tasks) if (routed == n).any()}
+        off = (util.gather(ratios) - 1).abs()
+        first_update = util.gather(torch.arange(images, device=device)) < images // cfg.updates
         seconds = time.time() - start
-        log({"iter": it + 1, **by_task, "reward_std": everyone.std().item(), "zero_std_ratio": 1 - util.sync_mean(keep.float().mean()).item(),
-             **stats, "s/it": seconds, "images/s": cfg.batch / seconds})
+        log({"iter": it + 1, **by_task, "reward_std": everyone.std(unbiased=False).item(), "zero_std_ratio": 1 - util.sync_mean(keep.float().mean()).item(),
+             "ratio_err": off[first_update].max().item(), "clip_frac": (off > cfg.clip).float().mean().item(), "kl": util.gather(kls).mean().item(),
+             "grad_norm": grad_norm, "s/it": seconds, "images/s": cfg.batch / seconds})
         if rank == 0 and ((it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters):
             util.save_atomic({"iter": it + 1, "adapter": {k: p for k, p in net.state_dict().items() if k.endswith(".policy")},
                               "opt": opt.state_dict(), "settings": settings, "base": model.fingerprint}, folder / "state.pt")

@@ -15,6 +15,7 @@ Papers: Flow-OPD arXiv 2605.08063; closed form: DiffusionOPD arXiv 2605.15055.
 """
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import model as models
 import util
 from rewards import world_of
-from sampler import draw_noise, encode, gaussian_kl, rollout, schedule, step, velocity
+from sampler import Trajectory, draw_noise, encode, gaussian_kl, rollout, schedule, step, velocity
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Config:
     teachers: list[str] = field(default_factory=list)                    # adapters written by train_grpo.py, one a task
     model: str = "ckpt/tiny.safetensors"                                 # the base, the same for all
     anchor: str = ""                                                     # the task whose teacher anchors all prompts (default: the file marked so)
-    ratio: list[str] = field(default_factory=list)                       # prompts of each task, e.g. geneval=3 ocr=1 quality=1 (default: alike)
+    ratio: list[str] = field(default_factory=list)                       # prompts of each teacher's task, e.g. geneval=3 ocr=1 quality=0 (default: all alike)
     init: Literal["merge", "none"] = "merge"                             # cold start: exact average of the teachers, or the base
     objective: Literal["kl"] = "kl"                                      # the per-step loss: KL(student || teacher) in closed form
     lam: float = 0.02                                                    # weight of the KL to the anchor (MAR); 0 turns it off
@@ -47,11 +48,11 @@ class Config:
     rollout: Literal["sde", "cps"] = "sde"                               # how noise is added
     a: float = 0.7                                                       # noise level
     guidance: float = 1.0                                                # w, in rollouts, student and teachers alike
-    r: int = 16                                                          # LoRA rank of the student for --init none (a merge's ranks add up)
-    alpha: float = 32.0                                                  # LoRA scale is alpha / r, for --init none
+    r: int | None = None                                                 # LoRA rank of the student, for --init none (a merge's ranks add up)
+    alpha: float | None = None                                           # LoRA scale is alpha / r, for --init none
     lr: float = 5e-4                                                     # AdamW, decays linearly to zero
     updates: int = 2                                                     # optimiser steps a rollout, each on its share of the batch
-    micro: int = 96                                                      # images a forward pass (memory)
+    micro: int = 96                                                      # images a forward pass, in rollouts, targets and updates (memory)
     save_every: int = 10                                                 # iterations between resumable states
     compile: bool = False                                                # torch.compile the blocks
     seed: int = 0                                                        # of everything
@@ -62,7 +63,9 @@ def opd_kl(v_student, v_target, x, t, t_next, kind, a, t_second):
     """KL(student || target) of one step from the visited states x, in closed form: (B,), nats per latent element, and a gradient.
 
     Both step from the same x with the same std; only the means differ, and they are affine in v:
-    |mean_student - mean_target|^2 / (2 std^2) = w(t) |v_student - v_target|^2 (Flow-OPD's dense reward with its sign turned).
+    |mean_student - mean_target|^2 / (2 std^2) = w(t) |v_student - v_target|^2: Flow-OPD's dense reward with its sign turned.
+    DEVIATION: the paper's text puts that reward, detached, into a clipped surrogate. It depends on x and not on the sampled x_next, so its
+    expected policy gradient for this step is zero; here the KL itself is differentiated (the released code's "gkd").
     """
     mean_student, std = step(kind, x, v_student, t, t_next, a, t_second)
     mean_target, _ = step(kind, x, v_target, t, t_next, a, t_second)
@@ -83,10 +86,10 @@ def read_teachers(cfg, base, world):
             raise ValueError(f"{path}: is a second teacher of '{task}', after {source[task]}; a prompt is routed to one")
         teachers[task], source[task] = teacher, path
     marked = [task for task, teacher in teachers.items() if teacher["anchor"]]
+    if cfg.anchor and (cfg.anchor not in teachers or not cfg.lam):
+        raise ValueError(f"--anchor {cfg.anchor}: expected the task of a teacher ({', '.join(teachers)}), and --lam > 0; got --lam {cfg.lam}")
     if not cfg.lam:
         return teachers, None
-    if cfg.anchor and cfg.anchor not in teachers:
-        raise ValueError(f"--anchor {cfg.anchor}: no teacher of that task among {', '.join(teachers)}")
     if not cfg.anchor and len(marked) != 1:
         raise ValueError(f"{len(marked)} of the teachers are marked as the anchor; expected one: say --anchor TASK, or --lam 0 for none")
     return teachers, cfg.anchor or marked[0]
@@ -100,15 +103,22 @@ def read_ratio(ratio, teachers):
         if task not in teachers or not n.isdigit() or task in counts:
             raise ValueError(f"--ratio {item}: expected TASK=N with a teacher's task ({', '.join(teachers)}), each at most once")
         counts[task] = int(n)
-    if ratio and not any(counts.values()):
-        raise ValueError(f"--ratio {' '.join(ratio)}: no prompts of any task are left")
+    if ratio and (set(counts) != set(teachers) or not any(counts.values())):
+        raise ValueError(f"--ratio {' '.join(ratio)}: expected a number for each of {', '.join(teachers)} (0 leaves a task out), not all 0")
     return counts or dict.fromkeys(teachers, 1)
 
 
 def check(cfg, world_size):
+    """All else that can be known to be wrong before any time is spent."""
+    util.positive(cfg, "iters", "batch", "group", "steps", "a", "lr", "updates", "micro", "save_every")
+    if cfg.init == "none":
+        cfg.r, cfg.alpha = cfg.r or 16, cfg.alpha or 32.0
+        util.positive(cfg, "r", "alpha")
+    elif cfg.r is not None or cfg.alpha is not None:
+        raise ValueError(f"--r {cfg.r} --alpha {cfg.alpha}: are for --init none; a merge has the sum of its teachers' ranks")
     if cfg.lam < 0:
         raise ValueError(f"--lam {cfg.lam}: expected 0 (no anchor) or more")
-    if cfg.group < 1 or cfg.batch % (cfg.group * world_size * cfg.updates):
+    if cfg.batch % (cfg.group * world_size * cfg.updates):
         raise ValueError(f"--batch {cfg.batch} with --group {cfg.group}, {world_size} rank(s) and --updates {cfg.updates}: "
                          f"the batch must be a multiple of {cfg.group * world_size * cfg.updates}")
     if len(cfg.noisy) != 2 or not 0 <= cfg.noisy[0] < cfg.noisy[1] <= cfg.steps:
@@ -130,12 +140,13 @@ def main(cfg):
     for task, teacher in teachers.items():
         net.add_adapter(task, teacher["r"], teacher["alpha"], teacher["tensors"])
     torch.manual_seed(cfg.seed)
-    start = models.merge_adapters(list(teachers.values())) if cfg.init == "merge" else {"r": cfg.r, "alpha": cfg.alpha, "tensors": None}
-    net.add_adapter("student", start["r"], start["alpha"], start["tensors"], trainable=True)
+    cold = models.merge_adapters(list(teachers.values())) if cfg.init == "merge" else {"r": cfg.r, "alpha": cfg.alpha, "tensors": None}
+    net.add_adapter("student", cold["r"], cold["alpha"], cold["tensors"], trainable=True)
     names = list(teachers)
     params = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)
-    settings, first = {**asdict(cfg), "world_size": world_size}, 0
+    taught_by = {task: models.fingerprint(teacher["tensors"]) for task, teacher in teachers.items()}
+    settings, first = {**asdict(cfg), "teachers": taught_by, "world_size": world_size}, 0
     state = util.resume(folder / "state.pt", settings, model.fingerprint)
     if state:
         first = state["iter"]
@@ -144,7 +155,8 @@ def main(cfg):
     if cfg.compile:
         for block in net.joint_blocks:
             block.compile()
-    student = DDP(net) if world_size > 1 else net
+    student = DDP(net, broadcast_buffers=False) if world_size > 1 else net
+    frozen = net                                                             # teachers and anchor: adapters that do not learn
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     times = schedule(cfg.steps).to(device)
     supervised = range(*cfg.noisy)
@@ -152,64 +164,69 @@ def main(cfg):
     log = util.Log(folder, rank, settings, first)
 
     def save(path):
-        util.save_adapter(path, task="+".join(teachers), anchor=False, base=model.fingerprint, r=start["r"], alpha=start["alpha"],
+        util.save_adapter(path, task="+".join(teachers), anchor=False, base=model.fingerprint, r=cold["r"], alpha=cold["alpha"],
                           tensors=net.adapter("student"), settings=settings)
 
     if rank == 0 and not state:
         save(folder / "init.pt")
 
     for it in tqdm(range(first, cfg.iters), initial=first, total=cfg.iters, desc=cfg.name, disable=rank > 0):
-        start_time = time.time()
+        start = time.time()
         # 1. Prompts: the same list on every rank; each rank takes its own part of the images.
         rng = np.random.default_rng((cfg.seed, it))
         metas = [world.draw_prompt(rng, pattern[(it * prompts + j) % len(pattern)], "train") for j in range(prompts)]
-        mine = range(rank * images, (rank + 1) * images)                     # indices into the batch of all ranks
+        mine = util.share(cfg.batch, cfg.updates, rank, world_size)          # indices into the batch of all ranks
         metas = [metas[i // cfg.group] for i in mine]
         text = encode(model.text, [m["prompt"] for m in metas])
 
         # 2. Rollout: on policy, the student's own SDE.
         noise = draw_noise([(cfg.seed, it, i) for i in mine], cfg.steps, model.latent_shape()).to(device)
+        minibatches = [rows.split(cfg.micro) for rows in torch.arange(images, device=device).chunk(cfg.updates)]
+        pieces = [i for part in minibatches for i in part]
         with autocast:
-            traj = rollout(net, noise, times, text, cfg.guidance, "student", cfg.rollout, cfg.a, supervised)
+            trajs = [rollout(net, noise[i], times, text.rows(i), cfg.guidance, "student", cfg.rollout, cfg.a, supervised) for i in pieces]
+        traj = Trajectory(*(torch.cat(parts) for parts in zip(*trajs)))
 
         # 3. Targets: at every visited state, the velocity of the prompt's own teacher (hard routing), and of the anchor.
-        to_teacher = models.Route(names, torch.tensor([names.index(m["task"]) for m in metas], device=device))
-        v_teacher, v_anchor = {}, {}
+        routed = torch.tensor([names.index(m["task"]) for m in metas], device=device)                        # (B,), index into names
+        v_teacher = torch.empty(images, cfg.steps, *model.latent_shape(), device=device)                     # (B, K, C, H, W)
+        v_anchor = torch.empty_like(v_teacher) if anchor else None
         with torch.no_grad(), autocast:
-            for k in supervised:
-                x, t = traj.x[:, k], times[k].expand(images)
-                v_teacher[k] = velocity(net, x, t, text, cfg.guidance, to_teacher).float()
+            for i, k in product(pieces, supervised):
+                x, t, sub = traj.x[i, k], times[k].expand(len(i)), text.rows(i)
+                v_teacher[i, k] = velocity(frozen, x, t, sub, cfg.guidance, models.Route(names, routed[i])).float()
                 if anchor:
-                    v_anchor[k] = velocity(net, x, t, text, cfg.guidance, anchor).float()
+                    v_anchor[i, k] = velocity(frozen, x, t, sub, cfg.guidance, anchor).float()
 
         # 4. Update: pull each supervised step of each trajectory towards its teacher's, and a little towards the anchor's.
-        kls, mar, grad_norm = torch.zeros(images, device=device), torch.zeros(images, device=device), 0.0
+        kls, mar, grad_norm = torch.zeros(images, cfg.steps, device=device), torch.zeros(images, cfg.steps, device=device), 0.0
         for group in opt.param_groups:
             group["lr"] = cfg.lr * (1 - it / cfg.iters)
-        for rows in torch.arange(images, device=device).chunk(cfg.updates):
-            pieces = [(i, k) for i in rows.split(cfg.micro) for k in supervised]
-            for n, (i, k) in enumerate(pieces):
-                with util.no_sync(student, skip=n < len(pieces) - 1), autocast:
+        for part in minibatches:
+            states = list(product(part, supervised))
+            for n, (i, k) in enumerate(states):
+                with util.no_sync(student, skip=n < len(states) - 1), autocast:
                     x, t, t_next = traj.x[i, k], times[k].expand(len(i)), times[k + 1]
                     v = velocity(student, x, t, text.rows(i), cfg.guidance, "student").float()
-                    kl = opd_kl(v, v_teacher[k][i], x, t, t_next, cfg.rollout, cfg.a, times[1])              # (B,)
+                    kl = opd_kl(v, v_teacher[i, k], x, t, t_next, cfg.rollout, cfg.a, times[1])              # (B,)
                     loss = kl
-                    if anchor:                                               # MAR: + lam KL(student || anchor) on all prompts
-                        kl_anchor = opd_kl(v, v_anchor[k][i], x, t, t_next, cfg.rollout, cfg.a, times[1])    # (B,)
+                    if anchor:                                               # MAR: + lam KL(student || anchor), whatever the prompt's task
+                        kl_anchor = opd_kl(v, v_anchor[i, k], x, t, t_next, cfg.rollout, cfg.a, times[1])    # (B,)
                         loss = kl + cfg.lam * kl_anchor
-                        mar[i] += kl_anchor.detach() / len(supervised)
-                    (loss.sum() / (len(rows) * len(supervised))).backward()  # DDP averages over ranks
-                kls[i] += kl.detach() / len(supervised)
+                        mar[i, k] = kl_anchor.detach()
+                    (loss.sum() / (images // cfg.updates * len(supervised))).backward()                      # DDP averages over ranks
+                kls[i, k] = kl.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+            util.finite(grad_norm, it)
             opt.step()
             opt.zero_grad()
 
         # 5. Log and save.
-        kls, mar, routed = util.gather(kls), util.gather(mar), util.gather(to_teacher.index)
+        kls, mar, routed = util.gather(kls)[:, list(supervised)], util.gather(mar)[:, list(supervised)], util.gather(routed)
         by_task = {f"kl_{name}": kls[routed == n].mean().item() for n, name in enumerate(names) if (routed == n).any()}
-        seconds = time.time() - start_time
-        log({"iter": it + 1, "kl": kls.mean().item(), **by_task, "kl_anchor": mar.mean().item(), "grad_norm": grad_norm,
-             "s/it": seconds, "images/s": cfg.batch / seconds})
+        seconds = time.time() - start
+        log({"iter": it + 1, "kl": kls.mean().item(), **by_task, "kl_first": kls[:, 0].mean().item(), "kl_last": kls[:, -1].mean().item(),
+             "kl_anchor": mar.mean().item(), "grad_norm": grad_norm, "s/it": seconds, "images/s": cfg.batch / seconds})
         if rank == 0 and ((it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters):
             util.save_atomic({"iter": it + 1, "adapter": {k: p for k, p in net.state_dict().items() if k.endswith(".student")},
                               "opt": opt.state_dict(), "settings": settings, "base": model.fingerprint}, folder / "state.pt")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pickle
 import sys
@@ -52,15 +53,17 @@ def field_docs(cls):
 
 
 def run(main, cls):
-    """Parse, run, and turn a ValueError (bad input) into one line on rank 0 and exit code 2."""
+    """Parse, run, and turn a ValueError (bad input) into one line and exit code 2. DEBUG=1 shows where it came from."""
     cfg = parse(cls)
     try:
         main(cfg)
     except ValueError as e:
         if os.environ.get("DEBUG"):
             raise
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {e}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", 0))
+        if rank:                # most bad input is met by every rank; then rank 0 says so and torchrun ends this one in its sleep
+            time.sleep(5)
+        print(f"error: {e}" if rank == 0 else f"error (rank {rank}): {e}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)             # at once, so that no rank waits for another
     finally:
@@ -68,19 +71,36 @@ def run(main, cls):
             dist.destroy_process_group()
 
 
+def positive(cfg, *names):
+    """ValueError unless each of these options is greater than 0."""
+    for name in names:
+        if not getattr(cfg, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected a number greater than 0")
+
+
+def finite(grad_norm, it):
+    """Stop rather than train on: the gradient norm is the same on every rank, so all stop together, and the last saved state is sound."""
+    if not math.isfinite(grad_norm):
+        raise ValueError(f"iteration {it + 1}: the gradient is {grad_norm}; expected a finite one. Lower --lr or --a, or look at the rewards")
+
+
 # ------------------------------------------------------------------ process group
 
 
 def setup(device="auto", seed=0):
     """Start torch.distributed if launched by torchrun. Returns rank, world size, device. Works unlaunched too (one rank)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
-    if device.split(":")[0] not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"--device {device}: expected auto, cuda, mps or cpu")
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    cuda = torch.cuda.device_count()
+    if device == "auto":              # one GPU a rank, or none at all
+        device = "cuda" if cuda >= local else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
+        device = device if cuda or device != "cuda" else "cpu"
+    if device not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"--device {device}: expected auto, cuda, mps or cpu (choose a GPU with CUDA_VISIBLE_DEVICES)")
+    if device == "cuda" and cuda < local:
+        raise ValueError(f"--device cuda: {local} rank(s) here, but this machine (or this build of torch) has {cuda} CUDA device(s); use --device cpu")
+    if device == "mps" and world > 1:
+        raise ValueError("--device mps: torch.distributed has no backend for it; run one process, or use --device cpu")
     if device == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device cuda: this machine (or this build of torch) has no CUDA device; use --device cpu")
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -107,6 +127,14 @@ def gather(x):
     return torch.cat(out)
 
 
+def share(batch, updates, rank, world):
+    """Which of an iteration's images are this rank's: its part of the first minibatch, then of the second, ...
+
+    So minibatch u holds the same images however many ranks there are.
+    """
+    return torch.arange(batch).view(updates, world, -1)[:, rank].flatten().tolist()
+
+
 def no_sync(net, skip):
     """Inside: gradients are not yet averaged over the ranks (if skip, and if net is wrapped in DDP)."""
     return net.no_sync() if skip and hasattr(net, "no_sync") else contextlib.nullcontext()
@@ -114,7 +142,8 @@ def no_sync(net, skip):
 
 def generator(*key):
     """A CPU random generator from any key: the same key gives the same numbers on every machine, rank and resume."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
+    plain = [k.item() if hasattr(k, "item") else k for k in key]          # 3, numpy's 3 and torch's 3 are one key
+    digest = hashlib.sha256(repr(plain).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
@@ -141,8 +170,8 @@ def read_pt(path, keys):
         raise ValueError(f"{path}: no such file") from None
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: holds something other than plain tensors and containers (pickled code is refused), or is corrupt") from None
-    except (OSError, RuntimeError, EOFError, KeyError) as e:
-        raise ValueError(f"{path}: not a readable checkpoint ({str(e).splitlines()[0]})") from None
+    except Exception as e:      # a damaged file can fail anywhere in the reader
+        raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__}: {(str(e).splitlines() or ['?'])[0]})") from None
     missing = [k for k in keys if not isinstance(obj, dict) or k not in obj]
     if missing:
         raise ValueError(f"{path}: expected a checkpoint with {', '.join(keys)}; it lacks {', '.join(missing)}")
@@ -161,17 +190,24 @@ def save_adapter(path, **fields):
 def read_adapter(path, base):
     """Read what save_adapter wrote. ValueError if it is something else, or belongs to another base (its fingerprint)."""
     adapter = read_pt(path, ADAPTER)
+    kinds = {"task": str, "anchor": bool, "base": str, "r": int, "alpha": (int, float), "tensors": dict, "settings": dict}
+    for key, kind in kinds.items():
+        if not isinstance(adapter[key], kind):
+            raise ValueError(f"{path}: '{key}' is a {type(adapter[key]).__name__}, expected {kind}")
+    for key, x in adapter["tensors"].items():
+        if not isinstance(x, torch.Tensor) or not x.isfinite().all():
+            raise ValueError(f"{path}: '{key}' is not a tensor of finite numbers")
     if adapter["base"] != base:
         raise ValueError(f"{path}: is an adapter of base {adapter['base']}, but --model has fingerprint {base}; an adapter fits only the base it was trained on")
     return adapter
 
 
-def resume(path, settings, base):
-    """The state of a stopped run, or None. ValueError if it was made by other settings (but for how long and where it runs) or base."""
+def resume(path, settings, base, free=()):
+    """The state of a stopped run, or None. ValueError if it was made by another base or other settings, but for the `free` ones."""
     if not Path(path).exists():
         return None
     state = read_pt(path, ["iter", "settings", "base"])
-    free = {"iters", "save_every", "device", "micro", "compile"}
+    free = {"save_every", "device", "micro", "compile", "world_size", *free}
     changed = [k for k in settings if k not in free and settings[k] != state["settings"].get(k)] + ["model"] * (base != state["base"])
     if changed:
         raise ValueError(f"{path}: holds a run with another {', '.join(changed)}; give --name NEW, or delete {Path(path).parent} to start over")
@@ -186,9 +222,18 @@ class Log:
         if self.on:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # A resumed run forgets the lines after the checkpoint it goes on from, so that no iteration stands there twice.
-            old = [line for line in self.path.read_text().splitlines() if json.loads(line)["iter"] <= resume_at] if resume_at and self.path.exists() else []
-            self.path.write_text("".join(line + "\n" for line in old))
+            old = self.path.read_text().splitlines() if resume_at and self.path.exists() else []
+            tmp = self.path.with_suffix(".tmp")
+            tmp.write_text("".join(line + "\n" for line in old if self.iteration(line) <= resume_at))
+            os.replace(tmp, self.path)
             (self.path.parent / "config.json").write_text(json.dumps(config, indent=1))
+
+    @staticmethod
+    def iteration(line):
+        try:
+            return json.loads(line)["iter"]
+        except json.JSONDecodeError:      # a line that a kill cut short
+            return float("inf")
 
     def __call__(self, row):
         if self.on:

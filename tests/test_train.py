@@ -1,0 +1,385 @@
+"""Facts about the two training scripts and the evaluation, on the shipped base with a few images."""
+import ast
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import model as models
+import tiny
+import train_grpo
+import train_opd
+import util
+from sampler import draw_noise, encode, rollout, schedule, velocity
+
+ROOT = Path(__file__).parent.parent
+BASE = str(ROOT / "ckpt/tiny.safetensors")
+GRPO = dict(model=BASE, iters=2, batch=8, group=4, steps=4, noisy=[0, 3], r=4, alpha=8.0, device="cpu")
+OPD = dict(model=BASE, iters=2, batch=8, group=2, steps=4, noisy=[0, 4], updates=1, device="cpu")
+
+
+def make_teacher(path, task, seed=0, anchor=False, **other):
+    """A teacher with random factors (both A and B), so that it differs from the base."""
+    model = models.load(BASE)
+    torch.manual_seed(seed)
+    model.mmdit.add_adapter("t", 4, 8.0)
+    tensors = {k: 0.05 * torch.randn_like(v) for k, v in model.mmdit.adapter("t").items()}
+    util.save_adapter(path, **{**dict(task=task, anchor=anchor, base=model.fingerprint, r=4, alpha=8.0, tensors=tensors, settings={}), **other})
+    return str(path)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Runs write to the current folder: a fresh one a test."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ckpt").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def teachers(here):
+    return [make_teacher(here / f"ckpt/{task}.pt", task, seed, anchor=task == "quality") for seed, task in enumerate(tiny.TASKS)]
+
+
+def log(name):
+    return [json.loads(line) for line in Path(f"runs/{name}/log.jsonl").read_text().splitlines()]
+
+
+def tensors(path):
+    return util.read_pt(path, ["tensors"])["tensors"]
+
+
+def torchrun(ranks, script, *args, **env):
+    cmd = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0", "--rdzv_backend=c10d",
+           "--rdzv_endpoint=localhost:0", str(ROOT / script), *args]
+    return subprocess.run(cmd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+# ------------------------------------------------------------------ GRPO
+
+
+def test_advantages_sum_to_zero_in_each_group_and_equal_groups_are_dropped():
+    reward = torch.tensor([0.0, 1.0, 0.5, 0.7, 0.7, 0.7])
+    adv, keep = train_grpo.advantages(reward, 3, "batch", reward)
+    assert adv.view(-1, 3).sum(1).abs().max() < 1e-6 and adv[1] > 0 > adv[0]
+    assert keep.tolist() == [True] * 3 + [False] * 3
+    assert adv[1] == pytest.approx(0.5 / reward.std(unbiased=False).item(), rel=1e-4)
+    own, _ = train_grpo.advantages(reward, 3, "group", reward)
+    assert own[1] == pytest.approx(0.5 / reward[:3].std(unbiased=False).item(), rel=1e-4)
+
+
+def test_ppo_gradient_is_zero_where_the_ratio_is_clipped_and_minus_advantage_elsewhere():
+    logp = torch.tensor([0.0, 0.3, -0.3, 0.3, -0.3], requires_grad=True)
+    adv = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0])
+    loss, ratio = train_grpo.ppo_loss(logp, torch.zeros(5), adv, 0.2)
+    loss.sum().backward()
+    expected = [-1.0, 0.0, -ratio[2].item(), ratio[3].item(), 0.0]       # only moves that the objective no longer rewards are cut
+    assert logp.grad.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["sde", "cps"])
+def test_ratio_is_one_before_the_first_update(here, kind):
+    train_grpo.main(train_grpo.Config(**{**GRPO, "iters": 1}, tasks=["ocr"], micro=3, rollout=kind, name="r"))
+    assert log("r")[0]["ratio_err"] < 1e-5
+
+
+def test_grpo_update_makes_better_than_average_images_more_likely(here):
+    """One small step raises the log-probability of the actions with a positive advantage against those with a negative one."""
+    model = models.load(BASE)
+    train_grpo.main(train_grpo.Config(**{**GRPO, "iters": 1, "batch": 16, "group": 8, "lr": 1e-3}, tasks=["quality"], beta=0.0, name="u", out="u.pt"))
+    net = model.mmdit
+    net.add_adapter("policy", 4, 8.0, tensors("u.pt"))
+    rng = tiny.np.random.default_rng((0, 0))
+    metas = [tiny.draw_prompt(rng, "quality", "train") for _ in range(2) for _ in range(1)]
+    metas = [m for m in metas for _ in range(8)]
+    times, text = schedule(4), encode(model.text, [m["prompt"] for m in metas])
+    noise = draw_noise([(0, 0, i) for i in range(16)], 4, model.latent_shape())
+    traj = rollout(net, noise, times, text, kind="sde", noisy=range(3))
+    reward = torch.from_numpy(tiny.quality(model.images(traj.x[:, -1])))
+    adv, _ = train_grpo.advantages(reward, 8, "batch", reward)
+    change = torch.zeros(16)
+    with torch.no_grad():
+        for k in range(3):
+            v = velocity(net, traj.x[:, k], times[k].expand(16), text, adapter="policy")
+            mean, std = train_grpo.step("sde", traj.x[:, k], v, times[k], times[k + 1], 0.7, times[1])
+            change += train_grpo.log_prob(traj.x[:, k + 1], mean, std) - traj.logp[:, k]
+    assert (adv * change).mean() > 0
+
+
+def test_grpo_writes_a_teacher_of_plain_tensors(here):
+    train_grpo.main(train_grpo.Config(**{**GRPO, "iters": 1}, tasks=["quality"], anchor=True))
+    teacher = torch.load("ckpt/quality.pt", weights_only=True)
+    assert teacher["task"] == "quality" and teacher["anchor"] and teacher["reward"] == {"quality": {"quality": 1.0}}
+    assert teacher["base"] == models.load(BASE).fingerprint and teacher["settings"]["lr"] == 5e-4
+
+
+def test_grpo_mix_draws_prompts_in_the_ratio(here):
+    train_grpo.main(train_grpo.Config(**{**GRPO, "iters": 1, "batch": 20, "group": 2}, tasks=["geneval", "ocr", "quality"], ratio=[3, 1, 1], name="mix"))
+    assert {"reward_geneval", "reward_ocr", "reward_quality"} <= set(log("mix")[0])
+    assert Path("runs/mix/adapter.pt").exists() and not list(Path("ckpt").glob("*.pt")), "a mix is no teacher"
+
+
+# ------------------------------------------------------------------ OPD
+
+
+def two_adapters(same):
+    model = models.load(BASE)
+    torch.manual_seed(0)
+    net = model.mmdit
+    net.add_adapter("seed", 4, 8.0)
+    random = {k: 0.05 * torch.randn_like(v) for k, v in net.adapter("seed").items()}
+    net.add_adapter("teacher", 4, 8.0, random)
+    net.add_adapter("student", 4, 8.0, random if same else {k: 0.05 * torch.randn_like(v) for k, v in random.items()}, trainable=True)
+    return model, net
+
+
+def opd_gradient(model, net, kind="sde"):
+    text = encode(model.text, ["a photo of a red circle", 'a sign that says "HAT"'])
+    times = schedule(4)
+    traj = rollout(net, draw_noise([(i,) for i in range(2)], 4, model.latent_shape()), times, text, adapter="student", kind=kind)
+    loss = 0
+    for k in range(3):
+        t = times[k].expand(2)
+        v = velocity(net, traj.x[:, k], t, text, adapter="student")
+        with torch.no_grad():
+            target = velocity(net, traj.x[:, k], t, text, adapter="teacher")
+        loss = loss + train_opd.opd_kl(v, target, traj.x[:, k], t, times[k + 1], kind, 0.7, times[1]).sum()
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("kind", ["sde", "cps"])
+def test_student_equal_to_teacher_has_zero_opd_gradient(kind):
+    loss, grad = opd_gradient(*two_adapters(same=True), kind)
+    assert loss == 0 and grad.abs().max() == 0
+    loss, grad = opd_gradient(*two_adapters(same=False), kind)
+    assert loss > 0 and grad.abs().max() > 0
+
+
+def test_only_the_student_gets_a_gradient():
+    model, net = two_adapters(same=False)
+    opd_gradient(model, net)
+    assert {n.rsplit(".", 1)[1] for n, p in net.named_parameters() if p.grad is not None} == {"student"}
+
+
+def test_opd_brings_the_student_to_its_teacher(here):
+    """With one teacher and no anchor the KL falls to a fraction: the student started from the base, the teacher is a random other model."""
+    teacher = make_teacher(here / "t.pt", "ocr")
+    train_opd.main(train_opd.Config(**{**OPD, "iters": 25, "batch": 8, "lr": 2e-3}, teachers=[teacher], init="none", r=8, lam=0.0))
+    kl = [row["kl"] for row in log("opd")]
+    assert sum(kl[-3:]) < 0.5 * sum(kl[:3])
+
+
+def test_cold_start_is_the_mean_of_the_teachers_updates(here, teachers):
+    train_opd.main(train_opd.Config(**{**OPD, "iters": 1}, teachers=teachers))
+    init, want = util.read_pt("runs/opd/init.pt", ["r"]), [tensors(t) for t in teachers]
+    key = "joint_blocks.0.x_block.attn.qkv"
+    mean = sum(2.0 * torch.einsum("nor,nrd->nod", t[key + ".B"], t[key + ".A"]) for t in want) / 3
+    got = init["alpha"] / init["r"] * torch.einsum("nor,nrd->nod", init["tensors"][key + ".B"], init["tensors"][key + ".A"])
+    assert init["r"] == 12 and torch.allclose(got, mean, atol=1e-5)
+
+
+def test_opd_leaves_the_teachers_alone(here, teachers):
+    before = {t: Path(t).read_bytes() for t in teachers}
+    train_opd.main(train_opd.Config(**{**OPD, "iters": 1}, teachers=teachers))
+    assert sorted(str(p) for p in (here / "ckpt").glob("*")) == sorted(teachers)
+    assert all(Path(t).read_bytes() == b for t, b in before.items())
+
+
+def test_mar_is_felt_on_every_task_and_absent_without_lam(here, teachers):
+    runs = {lam: train_opd.main(train_opd.Config(**{**OPD, "iters": 1}, teachers=teachers, lam=lam, name=f"lam{lam}", ratio=["geneval=0", "ocr=1", "quality=0"])) for lam in (0.0, 1.0)}
+    assert set(runs) == {0.0, 1.0}
+    a, b = tensors("runs/lam0.0/student.pt"), tensors("runs/lam1.0/student.pt")
+    assert any(not torch.equal(a[k], b[k]) for k in a)
+    assert log("lam0.0")[0]["kl_anchor"] == 0 < log("lam1.0")[0]["kl_anchor"]
+    assert log("lam1.0")[0].keys() >= {"kl_ocr"} and "kl_geneval" not in log("lam1.0")[0]
+
+
+# ------------------------------------------------------------------ ranks, resume
+
+
+def closest(a, b):
+    return max((a[k] - b[k]).abs().max().item() for k in a)
+
+
+@pytest.mark.parametrize("script, args, result", [
+    ("train_grpo.py", ["--tasks", "ocr", "quality", "--batch", "16", "--group", "4", "--updates", "2", "--r", "4"], "adapter.pt"),
+    ("train_opd.py", ["--batch", "16", "--group", "2", "--updates", "2", "--teachers"], "student.pt")])
+def test_two_ranks_equal_one_rank_with_the_whole_batch(here, teachers, script, args, result):
+    args = ["--model", BASE, "--iters", "2", "--steps", "4", "--noisy", "0", "3", "--device", "cpu", *args] + (teachers if "--teachers" in args else [])
+    for ranks in (1, 2):
+        done = torchrun(ranks, script, *args, "--name", f"ranks{ranks}")
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = log("ranks1"), log("ranks2")
+    for key in set(one[1]) - {"s/it", "images/s", "ratio_err", "clip_frac"}:
+        assert one[0].get(key) == pytest.approx(two[0].get(key), rel=2e-3, abs=1e-6), key
+    start = max(v.abs().max().item() for v in tensors(f"runs/ranks1/{result}").values())
+    assert closest(tensors(f"runs/ranks1/{result}"), tensors(f"runs/ranks2/{result}")) < 1e-3 * start
+
+
+@pytest.mark.parametrize("script", [train_grpo, train_opd])
+def test_resume_is_bit_exact(here, teachers, monkeypatch, script):
+    extra = dict(tasks=["quality"], out="x.pt") if script is train_grpo else dict(teachers=teachers)
+    cfg = {**(GRPO if script is train_grpo else OPD), **extra, "iters": 4, "save_every": 2}
+    result = "x.pt" if script is train_grpo else "runs/{}/student.pt"
+    script.main(script.Config(**cfg, name="whole"))
+    whole = tensors(result.format("whole"))
+    calls, real = [], script.rollout
+
+    def stopped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+    monkeypatch.setattr(script, "rollout", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(script.Config(**cfg, name="cut"))
+    script.main(script.Config(**cfg, name="cut"))
+    assert len(calls) == 4 + 2, "the second half only"
+    assert closest(whole, tensors(result.format("cut"))) == 0
+    assert [row["iter"] for row in log("cut")] == [1, 2, 3, 4]
+
+
+def test_resume_of_the_base_is_bit_exact(here, monkeypatch):
+    cfg = dict(pool=256, vae_steps=2, steps=4, save_every=2, batch=8, width=64, depth=2, device="cpu")
+    tiny.main(tiny.Config(**cfg, run="whole", out="whole.safetensors"))
+    calls, real = [], tiny.write_model
+
+    def stopped(*args):
+        real(*args)
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(tiny, "write_model", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.main(tiny.Config(**cfg, run="cut", out="cut.safetensors"))
+    tiny.main(tiny.Config(**cfg, run="cut", out="cut.safetensors"))
+    assert Path("cut.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
+
+
+def test_minibatches_hold_the_same_images_however_many_ranks():
+    one = torch.tensor(util.share(24, 2, 0, 1)).view(2, -1)
+    two = torch.stack([torch.tensor(util.share(24, 2, r, 2)).view(2, -1) for r in (0, 1)], 1).flatten(1)
+    assert torch.equal(one, two) and sorted(two.flatten().tolist()) == list(range(24)), "and each image appears once"
+
+
+def test_a_run_of_other_settings_is_not_resumed(here):
+    train_grpo.main(train_grpo.Config(**{**GRPO, "iters": 1}, tasks=["ocr"], name="n"))
+    with pytest.raises(ValueError, match="another lr"):
+        train_grpo.main(train_grpo.Config(**{**GRPO, "iters": 1}, tasks=["ocr"], name="n", lr=1.0))
+
+
+# ------------------------------------------------------------------ bad input: one clear line, before any sampling
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def bad_files(here):
+    torch.save({"task": Evil()}, here / "evil.pt")
+    torch.save({"task": "ocr"}, here / "short.pt")
+    good = make_teacher(here / "good.pt", "ocr")
+    Path(here / "cut.pt").write_bytes(Path(good).read_bytes()[:5000])
+    Path(here / "text.pt").write_text("hello")
+    make_teacher(here / "other.pt", "ocr", base="0" * 16)
+    make_teacher(here / "second.pt", "ocr")
+    make_teacher(here / "dance.pt", "dance")
+    make_teacher(here / "misshapen.pt", "ocr", r=5)
+
+
+BAD = [
+    (train_opd, dict(teachers=[]), "--teachers: got none"),
+    (train_opd, dict(teachers=["nowhere.pt"]), "nowhere.pt: no such file"),
+    (train_opd, dict(teachers=["evil.pt"]), "evil.pt: .*pickled code is refused"),
+    (train_opd, dict(teachers=["cut.pt"]), "cut.pt: "),
+    (train_opd, dict(teachers=["text.pt"]), "text.pt: "),
+    (train_opd, dict(teachers=["short.pt"]), "short.pt: .*lacks anchor"),
+    (train_opd, dict(teachers=["other.pt"]), "other.pt: is an adapter of base 0000"),
+    (train_opd, dict(teachers=["good.pt", "second.pt"]), "second.pt: is a second teacher of 'ocr'"),
+    (train_opd, dict(teachers=["dance.pt"]), "dance.pt: is trained on 'dance'"),
+    (train_opd, dict(teachers=["misshapen.pt"], lam=0.0), "this model wants"),
+    (train_opd, dict(teachers=["good.pt"]), "0 of the teachers are marked as the anchor"),
+    (train_opd, dict(teachers=["good.pt"], anchor="quality"), "--anchor quality: no teacher"),
+    (train_opd, dict(teachers=["good.pt"], lam=0.0, ratio=["dance=3"]), "--ratio dance=3"),
+    (train_opd, dict(teachers=["good.pt"], lam=0.0, group=3), "--batch 8 with --group 3"),
+    (train_opd, dict(teachers=["good.pt"], lam=-1.0), "--lam -1.0"),
+    (train_opd, dict(teachers=["good.pt"], noisy=[2, 9]), "--noisy"),
+    (train_opd, dict(teachers=["good.pt"], model="nowhere.safetensors"), "nowhere.safetensors"),
+    (train_opd, dict(teachers=["good.pt"], model="text.pt"), "expected a safetensors model file"),
+    (train_grpo, dict(tasks=["dance"]), "--tasks dance: unknown task"),
+    (train_grpo, dict(tasks=[]), "at least one"),
+    (train_grpo, dict(tasks=["ocr"], reward=["beauty"]), "got 'beauty'"),
+    (train_grpo, dict(tasks=["ocr"], ratio=[1, 2]), "--ratio: got 2 values"),
+    (train_grpo, dict(tasks=["ocr"], group=3), "--batch 8 with --group 3"),
+    (train_grpo, dict(tasks=["ocr"], group=1), "at least 2"),
+    (train_grpo, dict(tasks=["ocr"], noisy=[0, 4], rollout="cps"), "last CPS step"),
+    (train_grpo, dict(tasks=["ocr"], device="abacus"), "--device abacus"),
+    (evaluation, dict(ckpts=["nowhere.pt"]), "nowhere.pt: no such file"),
+    (evaluation, dict(ckpts=["base", "base"]), "second model called 'base'"),
+    (evaluation, dict(ckpts=["base"], n=3), "--n 3"),
+]
+
+
+@pytest.mark.parametrize("script, change, message", BAD, ids=[m for _, _, m in BAD])
+def test_bad_input_is_one_clear_line_before_any_sampling(here, monkeypatch, script, change, message):
+    bad_files(here)
+
+    def sampled(*args, **kwargs):
+        raise AssertionError("sampled before the input was checked")
+    for name in ("rollout", "sample", "draw_noise"):
+        monkeypatch.setattr(script, name, sampled, raising=False)
+    defaults = {train_grpo: GRPO, train_opd: OPD, evaluation: dict(model=BASE)}[script]
+    with pytest.raises(ValueError, match=message) as e:
+        script.main(script.Config(**{**defaults, **change}))
+    assert "\n" not in str(e.value)
+    assert not Path("pwned").exists() and not Path("runs").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_input_ends_the_process_with_a_code_and_one_line(here, ranks):
+    args = ["--model", BASE, "--teachers", "nowhere.pt", "--device", "cpu"]
+    if ranks == 1:
+        done = subprocess.run([sys.executable, str(ROOT / "train_opd.py"), *args], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.strip() == "error: nowhere.pt: no such file"
+    else:
+        done = torchrun(2, "train_opd.py", *args)
+        assert done.returncode != 0 and done.stderr.count("error: nowhere.pt: no such file") == 1
+
+
+# ------------------------------------------------------------------ evaluation, options
+
+
+def test_eval_writes_table_json_and_picture_and_equal_models_score_equal(here, teachers):
+    evaluation.main(evaluation.Config(ckpts=["base", teachers[0], f"again={teachers[0]}"], model=BASE, n=12, steps=3, rows=3, out="e", device="cpu"))
+    results = json.loads(Path("e.json").read_text())["table: mean, standard error, n"]
+    assert results["geneval"] == results["again"] and set(results) == {"base", "geneval", "again"}
+    row = results["base"]
+    assert row["geneval"][0] == pytest.approx(sum(row[t][0] for t in tiny.TAGS) / 6)
+    assert row["average"][0] == pytest.approx((row["geneval"][0] + row["ocr"][0] + row["quality"][0]) / 3)
+    assert Path("e.md").read_text().count("\n| base ") == 2
+    image = tiny.Image.open("e.png")
+    assert image.width > 330 + 3 * 96 and image.height > 3 * 96
+
+
+@pytest.mark.parametrize("script", [train_grpo, train_opd, evaluation, tiny])
+def test_every_option_is_read_and_documented(script):
+    read = {n.attr for n in ast.walk(ast.parse(inspect.getsource(script))) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "cfg"}
+    fields = set(script.Config.__dataclass_fields__)
+    assert fields == read & fields, f"never read: {fields - read}"
+    assert fields == set(util.field_docs(script.Config)), "each field has its comment, which is its --help"
+
+
+def test_nothing_but_the_declared_packages_is_imported():
+    allowed = {"torch", "safetensors", "transformers", "numpy", "tqdm", "PIL", "model", "sampler", "rewards", "util", "tiny"}
+    for path in ROOT.glob("*.py"):
+        names = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M)
+        assert set(names) - allowed <= set(sys.stdlib_module_names), path
