@@ -23,6 +23,7 @@ teachers: .venv/done              # stage 1, from the shipped base (hours on a l
 
 base: .venv/done                  # the tiny VAE and base, from nothing (resumes)
 	$(RUN) tiny.py
+	$(RUN) tiny.py --steps 8500 --batch 128 --lr 2e-3
 
 .venv/done: requirements.txt
 	$(PYTHON) -m venv .venv

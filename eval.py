@@ -34,7 +34,7 @@ from sampler import draw_noise, encode, sample, schedule
 class Config:
     ckpts: list[str] = field(default_factory=lambda: ["base"])           # what to evaluate: "base", paths of adapters, LABEL=path
     model: str = "ckpt/tiny.safetensors"                                 # the base
-    n: int = 600                                                         # images a task
+    per_task: int = 600                                                  # images a task
     steps: int = 20                                                      # ODE steps
     guidance: float = 1.0                                                # w
     batch: int = 100                                                     # images a forward pass
@@ -130,14 +130,14 @@ def main(cfg):
     util.positive(cfg, "steps", "batch")
     if not labels:
         raise ValueError("--ckpts: got none, expected at least one model, e.g. --ckpts base ckpt/*.pt")
-    if not len(world.TASKS) <= cfg.rows <= cfg.n:
-        raise ValueError(f"--rows {cfg.rows}: expected at least one a task ({len(world.TASKS)}), at most --n {cfg.n}")
-    if cfg.n < 2 * len(world.TAGS) or cfg.n % world_size:
-        raise ValueError(f"--n {cfg.n}: expected at least {2 * len(world.TAGS)} images a task, a multiple of the {world_size} rank(s)")
+    if not len(world.TASKS) <= cfg.rows <= cfg.per_task:
+        raise ValueError(f"--rows {cfg.rows}: expected at least one a task ({len(world.TASKS)}), at most --per-task {cfg.per_task}")
+    if cfg.per_task < 2 * len(world.TAGS) or cfg.per_task % world_size:
+        raise ValueError(f"--per-task {cfg.per_task}: expected at least {2 * len(world.TAGS)} images a task, a multiple of the {world_size} rank(s)")
     times, start = schedule(cfg.steps).to(device), time.time()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    metas = {task: world.eval_prompts(task, cfg.n, cfg.split) for task in world.TASKS}
-    share = cfg.n // world_size
+    metas = {task: world.eval_prompts(task, cfg.per_task, cfg.split) for task in world.TASKS}
+    share = cfg.per_task // world_size
     mine = range(rank * share, (rank + 1) * share)
     per_image, shown = {label: {task: {} for task in world.TASKS} for label in labels}, {label: [] for label in labels}
     bar = tqdm(total=len(labels) * len(world.TASKS) * share, desc="eval", unit="image", disable=rank > 0)

@@ -447,9 +447,10 @@ def main(cfg):
     if cfg.batch % world or cfg.pool % (256 * world):
         raise ValueError(f"--batch {cfg.batch} and --pool {cfg.pool}: expected multiples of {world} and {256 * world} with {world} ranks")
     state_path = Path(cfg.run) / "state.pt"
-    # The VAE and base belong to the pictures they saw: settings and the world itself must be those of the stopped run.
+    # The VAE and base belong to the pictures they saw: seed, pool, sizes and the world itself must be those of the stopped run. How long and how
+    # fast it goes on may change: the shipped base took 6000 steps of 64, then 2500 of 128 (make base).
     settings = {**{k: v for k, v in asdict(cfg).items() if k not in ("out", "run", "show")}, "world_size": world, "world": str((SHAPES, COLORS, FONT, VOCAB))}
-    state = util.resume(state_path, settings, "tiny") or {}
+    state = util.resume(state_path, settings, "tiny", free=["steps", "batch", "lr"]) or {}
     vae = train_vae(cfg, rank, world, device, state)
     if rank == 0 and not state:
         util.save_atomic({"iter": 0, "settings": settings, "base": "tiny", "vae": vae.state_dict()}, state_path)

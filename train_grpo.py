@@ -44,8 +44,8 @@ class Config:
     rollout: Literal["sde", "cps"] = "sde"                               # how noise is added
     a: float = 0.7                                                       # noise level
     guidance: float = 1.0                                                # w, in rollouts and updates alike
-    r: int = 16                                                          # LoRA rank
-    alpha: float = 32.0                                                  # LoRA scale is alpha / r
+    lora_r: int = 16                                                     # LoRA rank
+    lora_alpha: float = 32.0                                             # LoRA scale is alpha / r
     lr: float = 5e-4                                                     # AdamW
     beta: float = 0.01                                                   # weight of the KL to the base
     clip: float = 1e-4                                                   # PPO clip range (see sampler.log_prob for why so small)
@@ -79,7 +79,7 @@ def ppo_loss(logp, logp_old, adv, clip):
 
 def check(cfg, world_size, world):
     """All that can be known to be wrong before any time is spent."""
-    util.positive(cfg, "iters", "batch", "group", "steps", "a", "r", "alpha", "lr", "updates", "micro", "save_every")
+    util.positive(cfg, "iters", "batch", "group", "steps", "a", "lora_r", "lora_alpha", "lr", "updates", "micro", "save_every")
     for task in cfg.tasks:
         if task not in world.TASKS:
             raise ValueError(f"--tasks {task}: unknown task; this model's world has {', '.join(world.TASKS)}")
@@ -129,7 +129,7 @@ def main(cfg):
     out = cfg.out or (f"ckpt/{cfg.tasks[0]}.pt" if len(cfg.tasks) == 1 else str(folder / "adapter.pt"))
 
     torch.manual_seed(cfg.seed)
-    net.add_adapter("policy", cfg.r, cfg.alpha, trainable=True)
+    net.add_adapter("policy", cfg.lora_r, cfg.lora_alpha, trainable=True)
     params = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
     settings, first = {**asdict(cfg), "world_size": world_size}, 0
@@ -217,7 +217,7 @@ def main(cfg):
                               "opt": opt.state_dict(), "settings": settings, "base": model.fingerprint}, folder / "state.pt")
 
     if rank == 0:
-        util.save_adapter(out, task="+".join(cfg.tasks), reward=rewards, anchor=cfg.anchor, base=model.fingerprint, r=cfg.r, alpha=cfg.alpha,
+        util.save_adapter(out, task="+".join(cfg.tasks), reward=rewards, anchor=cfg.anchor, base=model.fingerprint, r=cfg.lora_r, alpha=cfg.lora_alpha,
                           tensors=net.adapter("policy"), settings=settings)
         print(f"wrote {out}")
 

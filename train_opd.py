@@ -48,8 +48,8 @@ class Config:
     rollout: Literal["sde", "cps"] = "sde"                               # how noise is added
     a: float = 0.7                                                       # noise level
     guidance: float = 1.0                                                # w, in rollouts, student and teachers alike
-    r: int | None = None                                                 # LoRA rank of the student, for --init none (a merge's ranks add up)
-    alpha: float | None = None                                           # LoRA scale is alpha / r, for --init none
+    lora_r: int | None = None                                            # LoRA rank of the student, for --init none (a merge's ranks add up)
+    lora_alpha: float | None = None                                      # LoRA scale is alpha / r, for --init none
     lr: float = 5e-4                                                     # AdamW, decays linearly to zero
     updates: int = 2                                                     # optimiser steps a rollout, each on its share of the batch
     micro: int = 96                                                      # images a forward pass, in rollouts, targets and updates (memory)
@@ -70,6 +70,9 @@ def opd_kl(v_student, v_target, x, t, t_next, kind, a, t_second):
     mean_student, std = step(kind, x, v_student, t, t_next, a, t_second)
     mean_target, _ = step(kind, x, v_target, t, t_next, a, t_second)
     return gaussian_kl(mean_student, mean_target, std)
+
+
+OBJECTIVES = {"kl": opd_kl}      # each: velocities of student and target at the visited states -> a loss for each state
 
 
 def read_teachers(cfg, base, world):
@@ -112,10 +115,10 @@ def check(cfg, world_size):
     """All else that can be known to be wrong before any time is spent."""
     util.positive(cfg, "iters", "batch", "group", "steps", "a", "lr", "updates", "micro", "save_every")
     if cfg.init == "none":
-        cfg.r, cfg.alpha = cfg.r or 16, cfg.alpha or 32.0
-        util.positive(cfg, "r", "alpha")
-    elif cfg.r is not None or cfg.alpha is not None:
-        raise ValueError(f"--r {cfg.r} --alpha {cfg.alpha}: are for --init none; a merge has the sum of its teachers' ranks")
+        cfg.lora_r, cfg.lora_alpha = cfg.lora_r or 16, cfg.lora_alpha or 32.0
+        util.positive(cfg, "lora_r", "lora_alpha")
+    elif cfg.lora_r is not None or cfg.lora_alpha is not None:
+        raise ValueError(f"--lora-r {cfg.lora_r} --lora-alpha {cfg.lora_alpha}: are for --init none; a merge has the sum of its teachers' ranks")
     if cfg.lam < 0:
         raise ValueError(f"--lam {cfg.lam}: expected 0 (no anchor) or more")
     if cfg.batch % (cfg.group * world_size * cfg.updates):
@@ -140,9 +143,9 @@ def main(cfg):
     for task, teacher in teachers.items():
         net.add_adapter(task, teacher["r"], teacher["alpha"], teacher["tensors"])
     torch.manual_seed(cfg.seed)
-    cold = models.merge_adapters(list(teachers.values())) if cfg.init == "merge" else {"r": cfg.r, "alpha": cfg.alpha, "tensors": None}
+    cold = models.merge_adapters(list(teachers.values())) if cfg.init == "merge" else {"r": cfg.lora_r, "alpha": cfg.lora_alpha, "tensors": None}
     net.add_adapter("student", cold["r"], cold["alpha"], cold["tensors"], trainable=True)
-    names = list(teachers)
+    names, objective = list(teachers), OBJECTIVES[cfg.objective]
     params = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)
     taught_by = {task: models.fingerprint(teacher["tensors"]) for task, teacher in teachers.items()}
@@ -208,7 +211,7 @@ def main(cfg):
                 with util.no_sync(student, skip=n < len(states) - 1), autocast:
                     x, t, t_next = traj.x[i, k], times[k].expand(len(i)), times[k + 1]
                     v = velocity(student, x, t, text.rows(i), cfg.guidance, "student").float()
-                    kl = opd_kl(v, v_teacher[i, k], x, t, t_next, cfg.rollout, cfg.a, times[1])              # (B,)
+                    kl = objective(v, v_teacher[i, k], x, t, t_next, cfg.rollout, cfg.a, times[1])           # (B,)
                     loss = kl
                     if anchor:                                               # MAR: + lam KL(student || anchor), whatever the prompt's task
                         kl_anchor = opd_kl(v, v_anchor[i, k], x, t, t_next, cfg.rollout, cfg.a, times[1])    # (B,)

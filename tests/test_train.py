@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import eval as evaluation
 import model as models
@@ -21,7 +22,7 @@ from sampler import draw_noise, encode, rollout, schedule, velocity
 
 ROOT = Path(__file__).parent.parent
 BASE = str(ROOT / "ckpt/tiny.safetensors")
-GRPO = dict(model=BASE, iters=2, batch=8, group=4, steps=4, noisy=[0, 3], r=4, alpha=8.0, device="cpu")
+GRPO = dict(model=BASE, iters=2, batch=8, group=4, steps=4, noisy=[0, 3], lora_r=4, lora_alpha=8.0, device="cpu")
 OPD = dict(model=BASE, iters=2, batch=8, group=2, steps=4, noisy=[0, 4], updates=1, device="cpu")
 
 
@@ -172,7 +173,7 @@ def test_only_the_student_gets_a_gradient():
 def test_opd_brings_the_student_to_its_teacher(here):
     """With one teacher and no anchor the KL falls to a fraction: the student started from the base, the teacher is a random other model."""
     teacher = make_teacher(here / "t.pt", "ocr")
-    train_opd.main(train_opd.Config(**{**OPD, "iters": 25, "batch": 8, "lr": 2e-3}, teachers=[teacher], init="none", r=8, lam=0.0))
+    train_opd.main(train_opd.Config(**{**OPD, "iters": 25, "batch": 8, "lr": 2e-3}, teachers=[teacher], init="none", lora_r=8, lam=0.0))
     kl = [row["kl"] for row in log("opd")]
     assert sum(kl[-3:]) < 0.5 * sum(kl[:3])
 
@@ -210,7 +211,7 @@ def closest(a, b):
 
 
 @pytest.mark.parametrize("script, args, result", [
-    ("train_grpo.py", ["--tasks", "ocr", "quality", "--batch", "16", "--group", "4", "--updates", "2", "--r", "4"], "adapter.pt"),
+    ("train_grpo.py", ["--tasks", "ocr", "quality", "--batch", "16", "--group", "4", "--updates", "2", "--lora-r", "4"], "adapter.pt"),
     ("train_opd.py", ["--batch", "16", "--group", "2", "--updates", "2", "--teachers"], "student.pt")])
 def test_two_ranks_equal_one_rank_with_the_whole_batch(here, teachers, script, args, result):
     args = ["--model", BASE, "--iters", "2", "--steps", "4", "--noisy", "0", "3", "--device", "cpu", *args] + (teachers if "--teachers" in args else [])
@@ -261,7 +262,8 @@ def test_resume_of_the_base_is_bit_exact(here, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tiny.main(tiny.Config(**cfg, run="cut", out="cut.safetensors"))
     tiny.main(tiny.Config(**cfg, run="cut", out="cut.safetensors"))
-    assert Path("cut.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
+    cut, whole = load_file("cut.safetensors"), load_file("whole.safetensors")
+    assert cut.keys() == whole.keys() and all(torch.equal(cut[k], whole[k]) for k in whole)
 
 
 def test_minibatches_hold_the_same_images_however_many_ranks():
@@ -294,6 +296,9 @@ def bad_files(here):
     make_teacher(here / "second.pt", "ocr")
     make_teacher(here / "dance.pt", "dance")
     make_teacher(here / "misshapen.pt", "ocr", r=5)
+    broken = torch.load(good)
+    next(iter(broken["tensors"].values()))[0] = float("nan")
+    torch.save(broken, here / "nan.pt")
 
 
 BAD = [
@@ -308,16 +313,23 @@ BAD = [
     (train_opd, dict(teachers=["dance.pt"]), "dance.pt: is trained on 'dance'"),
     (train_opd, dict(teachers=["misshapen.pt"], lam=0.0), "this model wants"),
     (train_opd, dict(teachers=["good.pt"]), "0 of the teachers are marked as the anchor"),
-    (train_opd, dict(teachers=["good.pt"], anchor="quality"), "--anchor quality: no teacher"),
+    (train_opd, dict(teachers=["good.pt"], anchor="quality"), "--anchor quality: expected the task of a teacher"),
     (train_opd, dict(teachers=["good.pt"], lam=0.0, ratio=["dance=3"]), "--ratio dance=3"),
     (train_opd, dict(teachers=["good.pt"], lam=0.0, group=3), "--batch 8 with --group 3"),
     (train_opd, dict(teachers=["good.pt"], lam=-1.0), "--lam -1.0"),
+    (train_opd, dict(teachers=["good.pt"], lam=0.0, anchor="ocr"), "--anchor ocr: .*--lam > 0"),
+    (train_opd, dict(teachers=["good.pt"], lora_r=4), "are for --init none"),
+    (train_opd, dict(teachers=["good.pt"], updates=0), "--updates 0: expected a number greater than 0"),
     (train_opd, dict(teachers=["good.pt"], noisy=[2, 9]), "--noisy"),
+    (train_opd, dict(teachers=["nan.pt"]), "nan.pt: .*not a tensor of finite numbers"),
     (train_opd, dict(teachers=["good.pt"], model="nowhere.safetensors"), "nowhere.safetensors"),
     (train_opd, dict(teachers=["good.pt"], model="text.pt"), "expected a safetensors model file"),
     (train_grpo, dict(tasks=["dance"]), "--tasks dance: unknown task"),
     (train_grpo, dict(tasks=[]), "at least one"),
     (train_grpo, dict(tasks=["ocr"], reward=["beauty"]), "got 'beauty'"),
+    (train_grpo, dict(tasks=["ocr"], reward=["geneval"]), "--reward geneval does not fit task 'ocr'"),
+    (train_grpo, dict(tasks=["quality"], reward=["ocr"]), "--reward ocr does not fit task 'quality'"),
+    (train_grpo, dict(tasks=["ocr"], a=0.0), "--a 0.0: expected a number greater than 0"),
     (train_grpo, dict(tasks=["ocr"], ratio=[1, 2]), "--ratio: got 2 values"),
     (train_grpo, dict(tasks=["ocr"], group=3), "--batch 8 with --group 3"),
     (train_grpo, dict(tasks=["ocr"], group=1), "at least 2"),
@@ -325,7 +337,9 @@ BAD = [
     (train_grpo, dict(tasks=["ocr"], device="abacus"), "--device abacus"),
     (evaluation, dict(ckpts=["nowhere.pt"]), "nowhere.pt: no such file"),
     (evaluation, dict(ckpts=["base", "base"]), "second model called 'base'"),
-    (evaluation, dict(ckpts=["base"], n=3), "--n 3"),
+    (evaluation, dict(ckpts=[]), "--ckpts: got none"),
+    (evaluation, dict(ckpts=["base"], rows=2), "--rows 2"),
+    (evaluation, dict(ckpts=["base"], per_task=3, rows=3), "--per-task 3"),
 ]
 
 
@@ -359,7 +373,7 @@ def test_bad_input_ends_the_process_with_a_code_and_one_line(here, ranks):
 
 
 def test_eval_writes_table_json_and_picture_and_equal_models_score_equal(here, teachers):
-    evaluation.main(evaluation.Config(ckpts=["base", teachers[0], f"again={teachers[0]}"], model=BASE, n=12, steps=3, rows=3, out="e", device="cpu"))
+    evaluation.main(evaluation.Config(ckpts=["base", teachers[0], f"again={teachers[0]}"], model=BASE, per_task=12, steps=3, rows=3, out="e", device="cpu"))
     results = json.loads(Path("e.json").read_text())["table: mean, standard error, n"]
     assert results["geneval"] == results["again"] and set(results) == {"base", "geneval", "again"}
     row = results["base"]
