@@ -17,9 +17,9 @@ test: .venv/done
 	$(BIN)/python -m pytest -q
 
 teachers: .venv/done              # stage 1, from the shipped base (hours on a laptop; resumes)
-	$(RUN) train_grpo.py --tasks geneval
-	$(RUN) train_grpo.py --tasks ocr
-	$(RUN) train_grpo.py --tasks quality --anchor
+	$(RUN) train_grpo.py --tasks geneval --batch 192 --lr 2e-3 --iters 250
+	$(RUN) train_grpo.py --tasks ocr --iters 225
+	$(RUN) train_grpo.py --tasks quality --anchor --iters 50
 
 base: .venv/done                  # the tiny VAE and base, from nothing (resumes)
 	$(RUN) tiny.py
@@ -27,5 +27,5 @@ base: .venv/done                  # the tiny VAE and base, from nothing (resumes
 
 .venv/done: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -r requirements.txt
 	touch $@
