@@ -40,18 +40,18 @@ class Config:
     objective: Literal["kl"] = "kl"                                      # the per-step loss: KL(student || teacher) in closed form
     lam: float = 0.02                                                    # weight of the KL to the anchor (MAR); 0 turns it off
     name: str = "opd"                                                    # run name
-    iters: int = 60                                                      # iterations, each one rollout of `batch` images
-    batch: int = 48                                                      # trajectories an iteration, over all ranks
+    iters: int = 80                                                      # iterations, each one rollout of `batch` images
+    batch: int = 64                                                      # trajectories an iteration, over all ranks
     group: int = 4                                                       # G, trajectories a prompt
     steps: int = 8                                                       # K, steps of a rollout
-    noisy: list[int] = field(default_factory=lambda: [0, 8])             # steps FROM TO (exclusive) take noise and are supervised; the rest are ODE
+    noisy: list[int] = field(default_factory=lambda: [0, 5])             # steps FROM TO (exclusive) take noise and are supervised; the rest are ODE
     rollout: Literal["sde", "cps"] = "sde"                               # how noise is added
     a: float = 0.7                                                       # noise level
     guidance: float = 1.0                                                # w, in rollouts, student and teachers alike
     lora_r: int | None = None                                            # LoRA rank of the student, for --init none (a merge's ranks add up)
     lora_alpha: float | None = None                                      # LoRA scale is alpha / r, for --init none
-    lr: float = 5e-4                                                     # AdamW, decays linearly to zero
-    updates: int = 2                                                     # optimiser steps a rollout, each on its share of the batch
+    lr: float = 3e-3                                                     # AdamW, decays linearly to zero
+    updates: int = 4                                                     # optimiser steps a rollout, each on its share of the batch
     micro: int = 96                                                      # images a forward pass, in rollouts, targets and updates (memory)
     save_every: int = 10                                                 # iterations between resumable states
     compile: bool = False                                                # torch.compile the blocks
