@@ -58,6 +58,7 @@ COUNTS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 S, C, A = list(SHAPES), list(COLORS), list(FONT)
 TASKS = ("geneval", "ocr", "quality")
+RATIO = {"geneval": 3, "ocr": 1, "quality": 1}         # prompts in stage 2, as the paper's GenEval 3 : OCR 1 : PickScore 1
 # What a teacher of the task is rewarded for, and what evaluation reports. Half of GenEval's reward is the strict form: the soft form alone pays
 # for half-right pictures and can be gamed.
 REWARD = {"geneval": "geneval=0.5,geneval_strict=0.5", "ocr": "ocr", "quality": "quality"}

@@ -35,12 +35,12 @@ class Config:
     teachers: list[str] = field(default_factory=list)                    # adapters written by train_grpo.py, one a task
     model: str = "ckpt/tiny.safetensors"                                 # the base, the same for all
     anchor: str = ""                                                     # the task whose teacher anchors all prompts (default: the file marked so)
-    ratio: list[str] = field(default_factory=list)                       # prompts of each teacher's task, e.g. geneval=3 ocr=1 quality=0 (default: all alike)
+    ratio: list[str] = field(default_factory=list)                       # prompts of each teacher's task (default: the world's, geneval=3 ocr=1 quality=1)
     init: Literal["merge", "none"] = "merge"                             # cold start: exact average of the teachers, or the base
     objective: Literal["kl"] = "kl"                                      # the per-step loss: KL(student || teacher) in closed form
     lam: float = 0.02                                                    # weight of the KL to the anchor (MAR); 0 turns it off
     name: str = "opd"                                                    # run name
-    iters: int = 80                                                      # iterations, each one rollout of `batch` images
+    iters: int = 100                                                     # iterations, each one rollout of `batch` images
     batch: int = 64                                                      # trajectories an iteration, over all ranks
     group: int = 4                                                       # G, trajectories a prompt
     steps: int = 8                                                       # K, steps of a rollout
@@ -98,8 +98,8 @@ def read_teachers(cfg, base, world):
     return teachers, cfg.anchor or marked[0]
 
 
-def read_ratio(ratio, teachers):
-    """["geneval=3", "ocr=1"] -> {"geneval": 3, "ocr": 1}; without any, every task alike."""
+def read_ratio(ratio, teachers, default):
+    """["geneval=3", "ocr=1"] -> {"geneval": 3, "ocr": 1}; without any, the default's numbers for the teachers there are."""
     counts = {}
     for item in ratio:
         task, _, n = item.partition("=")
@@ -108,7 +108,7 @@ def read_ratio(ratio, teachers):
         counts[task] = int(n)
     if ratio and (set(counts) != set(teachers) or not any(counts.values())):
         raise ValueError(f"--ratio {' '.join(ratio)}: expected a number for each of {', '.join(teachers)} (0 leaves a task out), not all 0")
-    return counts or dict.fromkeys(teachers, 1)
+    return counts or {task: default[task] for task in teachers}
 
 
 def check(cfg, world_size):
@@ -136,7 +136,7 @@ def main(cfg):
     world = world_of(model)
     check(cfg, world_size)
     teachers, anchor = read_teachers(cfg, model.fingerprint, world)
-    pattern = [task for task, n in read_ratio(cfg.ratio, teachers).items() for _ in range(n)]
+    pattern = [task for task, n in read_ratio(cfg.ratio, teachers, world.RATIO).items() for _ in range(n)]
     net, folder = model.mmdit, Path("runs") / cfg.name
 
     # Everybody is an adapter on the one base: the teachers frozen, the student a copy of their merge (or new, for --init none).
