@@ -384,6 +384,17 @@ def test_eval_writes_table_json_and_picture_and_equal_models_score_equal(here, t
     assert image.width > 330 + 3 * 96 and image.height > 3 * 96
 
 
+def test_two_ranks_evaluate_to_the_same_numbers(here, teachers):
+    args = ["--model", BASE, "--ckpts", "base", teachers[0], "--per-task", "12", "--steps", "3", "--rows", "3", "--device", "cpu"]
+    for ranks in (1, 2):
+        done = torchrun(ranks, "eval.py", *args, "--out", f"e{ranks}")
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (json.loads(Path(f"e{ranks}.json").read_text())["all scores: mean, standard error"] for ranks in (1, 2))
+    for label in one:
+        for key in one[label]:
+            assert one[label][key] == pytest.approx(two[label][key], abs=1e-4), (label, key)
+
+
 @pytest.mark.parametrize("script", [train_grpo, train_opd, evaluation, tiny])
 def test_every_option_is_read_and_documented(script):
     read = {n.attr for n in ast.walk(ast.parse(inspect.getsource(script))) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "cfg"}
