@@ -32,7 +32,7 @@ class Config:
     model: str = "ckpt/tiny.safetensors"                                 # the base
     tasks: list[str] = field(default_factory=lambda: ["geneval"])        # one task: a teacher; several: GRPO-Mix
     ratio: list[int] = field(default_factory=list)                       # prompts of each task, e.g. 3 1 1 (default: all alike)
-    reward: list[str] = field(default_factory=list)                      # a reward for each task, e.g. "geneval=0.5,geneval_strict=0.5" (default: the world's REWARD)
+    reward: list[str] = field(default_factory=list)                      # a reward for each task, e.g. "geneval=0.5,ocr=0.5" (default: the world's REWARD)
     anchor: bool = False                                                 # mark the result as the task-agnostic quality teacher (MAR)
     name: str = ""                                                       # run name (default: grpo-TASKS)
     out: str = ""                                                        # result (default: ckpt/TASK.pt, or runs/NAME/adapter.pt for a mix)
@@ -139,8 +139,7 @@ def main(cfg):
         net.load_state_dict(state["adapter"], strict=False)
         opt.load_state_dict(state["opt"])
     if cfg.compile:
-        for block in net.joint_blocks:
-            block.compile()
+        util.compile_blocks(net)
     policy = DDP(net, broadcast_buffers=False) if world_size > 1 else net
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     times = schedule(cfg.steps).to(device)

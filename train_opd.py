@@ -156,8 +156,7 @@ def main(cfg):
         net.load_state_dict(state["adapter"], strict=False)
         opt.load_state_dict(state["opt"])
     if cfg.compile:
-        for block in net.joint_blocks:
-            block.compile()
+        util.compile_blocks(net)
     student = DDP(net, broadcast_buffers=False) if world_size > 1 else net
     frozen = net                                                             # teachers and anchor: adapters that do not learn
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

@@ -278,6 +278,12 @@ def test_a_run_of_other_settings_is_not_resumed(here):
         train_grpo.main(train_grpo.Config(**{**GRPO, "iters": 1}, tasks=["ocr"], name="n", lr=1.0))
 
 
+def test_a_longer_run_is_not_passed_off_as_a_shorter_one(here):
+    train_grpo.main(train_grpo.Config(**{**GRPO, "iters": 2}, tasks=["ocr"], name="n"))
+    with pytest.raises(ValueError, match="holds a run of 2 iterations, more than --iters 1"):
+        train_grpo.main(train_grpo.Config(**{**GRPO, "iters": 1}, tasks=["ocr"], name="n"))
+
+
 # ------------------------------------------------------------------ bad input: one clear line, before any sampling
 
 
