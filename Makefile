@@ -16,7 +16,7 @@ demo: .venv/done                  # stage 2 from the shipped teachers, then the 
 test: .venv/done
 	$(BIN)/python -m pytest -q
 
-teachers: .venv/done              # stage 1, from the shipped base (hours on a laptop; resumes)
+teachers: .venv/done              # stage 1, from the shipped base (under an hour on two cores; resumes)
 	$(RUN) train_grpo.py --tasks geneval --batch 192 --lr 2e-3 --iters 250
 	$(RUN) train_grpo.py --tasks ocr --iters 225
 	$(RUN) train_grpo.py --tasks quality --anchor --iters 50

@@ -83,26 +83,28 @@ def summarise(scores, metas, world):
     return out
 
 
-def table(results, tags, tasks):
-    columns = [*tags, *tasks, "average"]
-    lines = ["| model | " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for label, row in results.items():
-        lines.append(f"| {label} | " + " | ".join(f"{row[c][0]:.3f} ± {row[c][1]:.3f}" for c in columns) + " |")
+def markdown(title, rows, columns, sign=""):
+    """rows: {label: {column: [mean, standard error, n]}} -> a Markdown table."""
+    lines = [f"| {title} | " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {label} | " + " | ".join(f"{row[c][0]:{sign}.3f} ± {row[c][1]:.3f}" for c in columns) + " |" for label, row in rows.items()]
+    return "\n".join(lines) + "\n\n"
+
+
+def report(results, differences, last, tags, tasks):
+    """Both tables, as printed and as written to OUT.md."""
     n = next(iter(results.values()))
-    return "\n".join(lines) + f"\n\nmean ± standard error; n = {n[tags[0]][2]} images a tag, " + ", ".join(f"{n[t][2]} {t}" for t in tasks) + ", per model\n"
+    text = markdown("model", results, [*tags, *tasks, "average"])
+    text += f"mean ± standard error; n = {n[tags[0]][2]} images a tag, " + ", ".join(f"{n[t][2]} {t}" for t in tasks) + ", per model\n"
+    if differences:
+        text += "\n" + markdown(f"{last} minus", differences, [*tasks, "average"], sign="+")
+        text += "paired differences, image by image (same prompt, same noise)\n"
+    return text
 
 
 def gaps(scores, metas, world):
-    """The last model minus every other one, paired image by image: [[other, {task: [difference, standard error, n]}]]."""
+    """The last model minus every other one, paired image by image: {other: {column: [difference, standard error, n]}}."""
     *others, last = scores
-    return [[other, summarise({t: scores[last][t] - scores[other][t] for t in world.TASKS}, metas, world)] for other in others]
-
-
-def gap_table(last, rows, tasks):
-    columns = [*tasks, "average"]
-    lines = [f"| {last} minus | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {other} | " + " | ".join(f"{row[c][0]:+.3f} ± {row[c][1]:.3f}" for c in columns) + " |" for other, row in rows]
-    return "\n".join(lines) + "\n\npaired differences, image by image (same prompt, same noise)\n"
+    return {other: summarise({t: scores[last][t] - scores[other][t] for t in world.TASKS}, metas, world) for other in others}
 
 
 def picture(shown, path, scale=3):
@@ -139,6 +141,8 @@ def main(cfg):
     metas = {task: world.eval_prompts(task, cfg.per_task, cfg.split) for task in world.TASKS}
     share = cfg.per_task // world_size
     mine = range(rank * share, (rank + 1) * share)
+    with autocast:                    # every prompt once, for all models
+        texts = {task: encode(model.text, [metas[task][j]["prompt"] for j in mine]) for task in world.TASKS}
     per_image, shown = {label: {task: {} for task in world.TASKS} for label in labels}, {label: [] for label in labels}
     bar = tqdm(total=len(labels) * len(world.TASKS) * share, desc="eval", unit="image", disable=rank > 0)
     for label, adapter in labels.items():
@@ -148,9 +152,9 @@ def main(cfg):
             wanted = (world.TASKS.index(task) + 1) * cfg.rows // len(world.TASKS)
             for i in torch.tensor(mine).split(cfg.batch):
                 batch = [metas[task][j] for j in i]
-                noise = draw_noise([(cfg.seed, "eval", task, int(j)) for j in i], 0, model.latent_shape())[:, 0].to(device)
+                noise = draw_noise([(cfg.seed, "eval", task, int(j)) for j in i], 0, model.latent_shape()).to(device)
                 with torch.no_grad(), autocast:
-                    latents = sample(model.mmdit, noise, times, encode(model.text, [m["prompt"] for m in batch]), cfg.guidance, adapter)
+                    latents = sample(model.mmdit, noise, times, texts[task].rows(i - mine.start), cfg.guidance, adapter)
                 images = model.images(latents)
                 scores = score(spec, images, batch, world)
                 for name in parts:
@@ -165,12 +169,13 @@ def main(cfg):
     main_scores = {label: {task: per_image[label][task][world.SCORE[task]] for task in world.TASKS} for label in labels}
     results = {label: summarise(s, metas, world) for label, s in main_scores.items()}
     differences = gaps(main_scores, metas, world)
-    text = table(results, world.TAGS, world.TASKS) + ("\n" + gap_table(list(labels)[-1], differences, world.TASKS) if differences else "")
+    last = list(labels)[-1]
+    text = report(results, differences, last, world.TAGS, world.TASKS)
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text(text)
     numbers = {"settings": asdict(cfg), "world_size": world_size, "base": model.fingerprint, "torch": torch.__version__, "device": str(device),
-               "seconds": time.time() - start, "table: mean, standard error, n": results, f"{list(labels)[-1]} minus: mean, standard error, n": dict(differences),
+               "seconds": time.time() - start, "table: mean, standard error, n": results, f"{last} minus: mean, standard error, n": differences,
                "all scores: mean, standard error": {label: {f"{name} on {task}": mean_se(v) for task, s in per_image[label].items() for name, v in s.items()}
                                                     for label in labels}}
     out.with_suffix(".json").write_text(json.dumps(numbers, indent=1))

@@ -168,7 +168,11 @@ def rollout(net, noise, times, text, guidance=1.0, adapter=None, kind="sde", a=0
     return Trajectory(torch.stack(xs, 1), torch.stack(logps, 1))
 
 
+@torch.no_grad()
 def sample(net, noise, times, text, guidance=1.0, adapter=None):
-    """The ODE from noise (B, C, H, W) to latents (B, C, H, W): how models are evaluated."""
-    noise = torch.stack([noise] + [torch.zeros_like(noise)] * (len(times) - 1), 1) if noise.dim() == 4 else noise
-    return rollout(net, noise, times, text, guidance, adapter, kind="ode").x[:, -1]
+    """The ODE from noise (B, C, H, W), or the first of a trajectory's (draw_noise), to latents (B, C, H, W): how models are evaluated."""
+    x = (noise if noise.dim() == 4 else noise[:, 0]).float()
+    for t, t_next in zip(times, times[1:]):
+        v = velocity(net, x, t.expand(len(x)), text, guidance, adapter).float()
+        x, _ = ode_step(x, v, t, t_next)
+    return x

@@ -178,16 +178,23 @@ def faithful(rng, meta):
 
 def corrupt(rng, scene):
     """The base's training pictures do not always follow their captions: parts are redrawn at random (this sets how good the base is)."""
+    def redrawn(old, options, p):
+        return rng.choice(options) if rng.random() < p else old
+
+    def alike(objects):
+        return len(objects) > 1 and all(o == objects[0] for o in objects)
+
     objects, relation, word = scene
     if word:
-        return [], None, "".join(rng.choice(A) if rng.random() < 0.35 else a for a in word)
-    if len({tuple(o) for o in objects}) == 1 and len(objects) > 1 and rng.random() < 0.4:
+        return [], None, "".join(redrawn(a, A, 0.35) for a in word)
+    if alike(objects) and rng.random() < 0.4:
         objects = [objects[0]] * rng.integers(1, 5)
-    objects = [[rng.choice(S) if rng.random() < 0.2 else s, rng.choice(C) if rng.random() < 0.2 else c] for s, c in objects] \
-        if len({tuple(o) for o in objects}) > 1 or len(objects) == 1 else \
-        [[rng.choice(S) if rng.random() < 0.2 else objects[0][0], objects[0][1]]] * len(objects)
-    if relation and rng.random() < 0.45:
-        relation = rng.choice(list(RELATIONS))
+    if alike(objects):                # what is counted stays alike
+        objects = [[redrawn(objects[0][0], S, 0.2), objects[0][1]]] * len(objects)
+    else:
+        objects = [[redrawn(s, S, 0.2), redrawn(c, C, 0.2)] for s, c in objects]
+    if relation:
+        relation = redrawn(relation, list(RELATIONS), 0.45)
     if not relation and len(objects) == 2 and rng.random() < 0.15:
         objects = objects[:1]
     return objects, relation, None

@@ -92,27 +92,20 @@ def check(cfg, world_size, world):
         raise ValueError(f"--ratio {cfg.ratio}: expected whole numbers of at least 1")
     if cfg.group < 2:
         raise ValueError(f"--group {cfg.group}: an advantage compares images of one prompt, so at least 2 are needed")
-    if cfg.batch % (cfg.group * world_size * cfg.updates):
-        raise ValueError(f"--batch {cfg.batch} with --group {cfg.group}, {world_size} rank(s) and --updates {cfg.updates}: groups are never split, "
-                         f"so the batch must be a multiple of {cfg.group * world_size * cfg.updates}")
     if cfg.beta < 0 or cfg.clip <= 0:
         raise ValueError(f"--beta {cfg.beta} --clip {cfg.clip}: expected beta >= 0 and clip > 0")
-    if len(cfg.noisy) != 2 or not 0 <= cfg.noisy[0] < cfg.noisy[1] <= cfg.steps:
-        raise ValueError(f"--noisy {cfg.noisy}: expected FROM TO with 0 <= FROM < TO <= --steps {cfg.steps}")
-    if cfg.rollout == "cps" and cfg.noisy[1] == cfg.steps:
-        raise ValueError(f"--noisy {cfg.noisy} --rollout cps: the last CPS step has no noise and so no density; end at {cfg.steps - 1}")
+    util.check_rollout(cfg, world_size)
 
 
 def check_rewards(rewards, model, world):
     """Score a grey image against some prompts of each task: a reward that does not fit its task, or can't be reached, stops here."""
-    image = torch.full((1, 3, model.resolution, model.resolution), 0.5)
+    images = torch.full((16, 3, model.resolution, model.resolution), 0.5)
     for task, spec in rewards.items():
-        for seed in range(16):
-            meta = world.draw_prompt(np.random.default_rng(seed), task, "train")
-            try:
-                score(spec, image, [meta], world)
-            except ValueError as e:
-                raise ValueError(f"--reward {'+'.join(spec)} does not fit task '{task}': {e}") from None
+        metas = [world.draw_prompt(np.random.default_rng(seed), task, "train") for seed in range(len(images))]
+        try:
+            score(spec, images, metas, world)
+        except ValueError as e:
+            raise ValueError(f"--reward {'+'.join(spec)} does not fit task '{task}': {e}") from None
 
 
 def main(cfg):

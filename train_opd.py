@@ -121,13 +121,7 @@ def check(cfg, world_size):
         raise ValueError(f"--lora-r {cfg.lora_r} --lora-alpha {cfg.lora_alpha}: are for --init none; a merge has the sum of its teachers' ranks")
     if cfg.lam < 0:
         raise ValueError(f"--lam {cfg.lam}: expected 0 (no anchor) or more")
-    if cfg.batch % (cfg.group * world_size * cfg.updates):
-        raise ValueError(f"--batch {cfg.batch} with --group {cfg.group}, {world_size} rank(s) and --updates {cfg.updates}: "
-                         f"the batch must be a multiple of {cfg.group * world_size * cfg.updates}")
-    if len(cfg.noisy) != 2 or not 0 <= cfg.noisy[0] < cfg.noisy[1] <= cfg.steps:
-        raise ValueError(f"--noisy {cfg.noisy}: expected FROM TO with 0 <= FROM < TO <= --steps {cfg.steps}")
-    if cfg.rollout == "cps" and cfg.noisy[1] == cfg.steps:
-        raise ValueError(f"--noisy {cfg.noisy} --rollout cps: the last CPS step has no noise, so no KL; end at {cfg.steps - 1}")
+    util.check_rollout(cfg, world_size)
 
 
 def main(cfg):

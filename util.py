@@ -78,6 +78,18 @@ def positive(cfg, *names):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected a number greater than 0")
 
 
+def check_rollout(cfg, world_size):
+    """What both training stages ask of a batch and of the steps that take noise."""
+    unit = cfg.group * world_size * cfg.updates
+    if cfg.batch % unit:
+        raise ValueError(f"--batch {cfg.batch} with --group {cfg.group}, {world_size} rank(s) and --updates {cfg.updates}: groups are never split, "
+                         f"so the batch must be a multiple of {unit}")
+    if len(cfg.noisy) != 2 or not 0 <= cfg.noisy[0] < cfg.noisy[1] <= cfg.steps:
+        raise ValueError(f"--noisy {cfg.noisy}: expected FROM TO with 0 <= FROM < TO <= --steps {cfg.steps}")
+    if cfg.rollout == "cps" and cfg.noisy[1] == cfg.steps:
+        raise ValueError(f"--noisy {cfg.noisy} --rollout cps: the last CPS step has no noise and so no density; end at {cfg.steps - 1}")
+
+
 def finite(grad_norm, it):
     """Stop rather than train on: the gradient norm is the same on every rank, so all stop together, and the last saved state is sound."""
     if not math.isfinite(grad_norm):
@@ -93,7 +105,6 @@ def setup(device="auto", seed=0):
     cuda = torch.cuda.device_count()
     if device == "auto":              # one GPU a rank, or none at all
         device = "cuda" if cuda >= local else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
-        device = device if cuda or device != "cuda" else "cpu"
     if device not in ("cuda", "mps", "cpu"):
         raise ValueError(f"--device {device}: expected auto, cuda, mps or cpu (choose a GPU with CUDA_VISIBLE_DEVICES)")
     if device == "cuda" and cuda < local:
