@@ -3,12 +3,13 @@ Evaluation: any set of checkpoints on all tasks, with the same prompts and the s
 
     python eval.py --ckpts base ckpt/*.pt merge=runs/opd/init.pt student=runs/opd/student.pt --out runs/opd/eval
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 eval.py ...                 # the same numbers on two cores
+    python eval.py --model stable-diffusion-3.5-medium --prompt "a photo of a red bird" --ckpts base student=student-peft    # just pictures
 
-Writes OUT.md (a table), OUT.json (all numbers) and OUT.png (rows prompts, columns models). A checkpoint is a path, LABEL=path, or
-"base". Prompts are the held-out ones (tiny.py says how), images are the ODE's.
+Writes OUT.md (a table), OUT.json (all numbers) and OUT.png (rows prompts, columns models); with --prompt only pictures, OUT/MODEL/0000.png, ...
+A checkpoint is a path, LABEL=path, or "base". Prompts are the held-out ones (tiny.py and sd3.py say how) or --prompts', images are the ODE's.
 
 Scores: geneval is the benchmark's own rule, the mean of the six tags' means; ocr 1 - edits / length; quality is prompt-free, on its own
-prompts (and, in the JSON, on the other tasks' images too). average is formed as the paper forms it: the mean of the tasks' scores,
+prompts (and, by --also, in the JSON, on the other tasks' images). average is formed as the paper forms it: the mean of the tasks' scores,
 each scaled to at most 1 (GenEval and OCR as they are, DeQA / 5, PickScore / 26; the tiny world's quality is in [0, 1] already).
 Standard errors are over images. A second table sets the last model beside every other one, image by image.
 """
@@ -24,16 +25,22 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+import adapters
 import model as models
 import util
-from rewards import score, world_of
+from prompts import world_of
+from rewards import parse_reward, score
 from sampler import draw_noise, encode, sample, schedule
 
 
 @dataclass
 class Config:
     ckpts: list[str] = field(default_factory=lambda: ["base"])           # what to evaluate: "base", paths of adapters, LABEL=path
-    model: str = "ckpt/tiny.safetensors"                                 # the base
+    model: str = "ckpt/tiny.safetensors"                                 # the base: the tiny world's file, or SD3.5's folder or hub name
+    prompt: list[str] = field(default_factory=list)                      # no evaluation: draw these, one picture each
+    tasks: list[str] = field(default_factory=list)                       # what to evaluate on (default: all of the model's world)
+    prompts: list[str] = field(default_factory=list)                     # TASK=DIR: that folder's prompts (prompts.py) instead of the world's own
+    also: list[str] = field(default_factory=lambda: ["quality"])         # rewards to take of every task's images, besides the task's own
     per_task: int = 600                                                  # images a task
     steps: int = 20                                                      # ODE steps
     guidance: float = 1.0                                                # w
@@ -41,23 +48,32 @@ class Config:
     split: Literal["eval", "train"] = "eval"                             # "train" for choosing settings without looking at the held-out prompts
     rows: int = 12                                                       # prompts in the picture
     out: str = "runs/eval"                                               # where to write OUT.md, OUT.json, OUT.png
-    seed: int = 0                                                        # of the noise
+    seed: int = 0                                                        # of the noise; each prompt has its own noise
+    size: int | None = None                                              # side of the images in pixels (default: the tiny world's 32)
+    t5: str = ""                                                         # SD3.5's T5: 128 or 256 tokens, or zeros (left out)
+    dtype: Literal["float32", "bfloat16"] = "float32"                    # of the weights
     device: str = "auto"                                                 # auto, cuda, mps, cpu
 
 
-def read_models(cfg, net, fingerprint):
-    """Attach every checkpoint to the base. Returns label -> adapter name (None for the base)."""
-    labels = {}
+# Defaults that --model changes; GenEval has 553 prompts and takes 4 images of each.
+PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=40, guidance=4.5, batch=8, per_task=2208, also=[])}
+
+
+def read_models(cfg, model):
+    """Every checkpoint: label -> (net, adapter name), the name None for the base and for a whole transformer."""
+    found, many = {}, 0
     for spec in cfg.ckpts:
-        label, path = spec.split("=", 1) if "=" in spec else (Path(spec).stem, spec)
-        if label in labels:
+        label, path = adapters.split_label(spec)
+        label = label or Path(path).stem
+        if label in found:
             raise ValueError(f"--ckpts {spec}: a second model called '{label}'; write LABEL={path}")
-        labels[label] = None
+        found[label] = (model.mmdit, None)
         if path != "base":
-            adapter = util.read_adapter(path, fingerprint)
-            labels[label] = f"m{len(labels)}"
-            net.add_adapter(labels[label], adapter["r"], adapter["alpha"], adapter["tensors"])
-    return labels
+            ckpt = adapters.read(path, model)
+            found[label] = (ckpt["net"], None) if "net" in ckpt else (model.mmdit, f"m{(many := many + 1)}")
+            if "net" not in ckpt:
+                model.mmdit.add_adapter(found[label][1], ckpt["r"], ckpt["alpha"], ckpt["tensors"])
+    return found
 
 
 def mean_se(scores):
@@ -71,15 +87,15 @@ def summarise(scores, metas, world):
     Given the difference of two models' scores on the same prompts and noise, the errors are those of the paired difference.
     """
     out, tags = {}, world.TAGS
-    for tag in tags:
+    for tag in tags if "geneval" in scores else ():
         rows = [i for i, m in enumerate(metas["geneval"]) if m["tag"] == tag]
         out[tag] = [*mean_se(scores["geneval"][rows]), len(rows)]
-    out["geneval"] = [float(np.mean([out[t][0] for t in tags])), math.sqrt(sum(out[t][1] ** 2 for t in tags)) / len(tags), len(metas["geneval"])]
     for task in scores:
-        if task != "geneval":
-            out[task] = [*mean_se(scores[task]), len(metas[task])]
-    out["average"] = [float(np.mean([out[t][0] for t in scores])), math.sqrt(sum(out[t][1] ** 2 for t in scores)) / len(scores),
-                      sum(len(m) for m in metas.values())]
+        out[task] = [*mean_se(scores[task]), len(metas[task])]
+    if "geneval" in scores:
+        out["geneval"][:2] = float(np.mean([out[t][0] for t in tags])), math.sqrt(sum(out[t][1] ** 2 for t in tags)) / len(tags)
+    scaled = [[x / world.SCALE.get(t, 1) for x in out[t][:2]] for t in scores]
+    out["average"] = [float(np.mean([m for m, _ in scaled])), math.sqrt(sum(se ** 2 for _, se in scaled)) / len(scores), sum(len(m) for m in metas.values())]
     return out
 
 
@@ -93,8 +109,9 @@ def markdown(title, rows, columns, sign=""):
 def report(results, differences, last, tags, tasks):
     """Both tables, as printed and as written to OUT.md."""
     n = next(iter(results.values()))
+    tags = tags if "geneval" in tasks else ()
     text = markdown("model", results, [*tags, *tasks, "average"])
-    text += f"mean ± standard error; n = {n[tags[0]][2]} images a tag, " + ", ".join(f"{n[t][2]} {t}" for t in tasks) + ", per model\n"
+    text += "mean ± standard error; n = " + "".join(f"{n[tag][2]} {tag.replace('_', ' ')}, " for tag in tags) + ", ".join(f"{n[t][2]} {t}" for t in tasks) + ", per model\n"
     if differences:
         text += "\n" + markdown(f"{last} minus", differences, [*tasks, "average"], sign="+")
         text += "paired differences, image by image (same prompt, same noise)\n"
@@ -104,59 +121,93 @@ def report(results, differences, last, tags, tasks):
 def gaps(scores, metas, world):
     """The last model minus every other one, paired image by image: {other: {column: [difference, standard error, n]}}."""
     *others, last = scores
-    return {other: summarise({t: scores[last][t] - scores[other][t] for t in world.TASKS}, metas, world) for other in others}
+    return {other: summarise({t: scores[last][t] - scores[other][t] for t in metas}, metas, world) for other in others}
+
+
+def to_bytes(image):
+    """(3, H, W) in [0, 1] -> (H, W, 3), 0 to 255, as Pillow takes it."""
+    return (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
 
 
 def picture(shown, path, scale=3):
     """shown: {label: [(prompt, image (3, H, W))]} -> a PNG, rows prompts, columns models."""
     labels = list(shown)
     rows = len(shown[labels[0]])
-    side, left, top, gap = shown[labels[0]][0][1].shape[-1] * scale, 330, 24, 6
+    side = shown[labels[0]][0][1].shape[-1]
+    side, left, top, gap = side * scale if side < 128 else 256, 330, 24, 6
     canvas = Image.new("RGB", (left + len(labels) * (side + gap), top + rows * (side + gap)), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     for c, label in enumerate(labels):
         pen.text((left + c * (side + gap), 4), label, fill="black", font=font)
         for r, (prompt, image) in enumerate(shown[label]):
-            pixels = (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
-            canvas.paste(Image.fromarray(pixels).resize((side, side), Image.NEAREST), (left + c * (side + gap), top + r * (side + gap)))
+            canvas.paste(Image.fromarray(to_bytes(image)).resize((side, side), Image.NEAREST), (left + c * (side + gap), top + r * (side + gap)))
             if c == 0:
                 pen.text((6, top + r * (side + gap) + side // 2 - 8), prompt, fill="black", font=font)
     canvas.save(path)
 
 
+def generate(cfg, model, found, times, autocast, rank, world_size):
+    """--prompt: one picture of each prompt by each model, from the same noise: OUT/MODEL/0000.png, ..., and the prompts in OUT/prompts.txt."""
+    mine = torch.arange(len(cfg.prompt))[rank::world_size]
+    model.text.prepare(cfg.prompt, rank, world_size)
+    util.barrier()
+    bar = tqdm(total=len(found) * len(mine), desc="draw", unit="image", disable=rank > 0)
+    for label, (net, adapter) in found.items():
+        (folder := Path(cfg.out) / label).mkdir(parents=True, exist_ok=True)
+        for i in mine.split(cfg.batch) if len(mine) else ():
+            text = encode(model.text, [cfg.prompt[j] for j in i])
+            noise = draw_noise([(cfg.seed, "prompt", int(j)) for j in i], 0, model.latent_shape()).to(times.device)
+            with torch.no_grad(), autocast:
+                images = model.images(sample(net, noise, times, text, cfg.guidance, adapter))
+            for j, image in zip(i, images):
+                Image.fromarray(to_bytes(image)).save(folder / f"{int(j):04d}.png")
+            bar.update(len(i))
+    bar.close()
+    if rank == 0:
+        (Path(cfg.out) / "prompts.txt").write_text("".join(p + "\n" for p in cfg.prompt))
+        print(f"wrote {cfg.out}/{{{','.join(found)}}}/*.png")
+
+
 def main(cfg):
     rank, world_size, device = util.setup(cfg.device, cfg.seed)
-    model = models.load(cfg.model, device)
-    world = world_of(model)
-    labels = read_models(cfg, model.mmdit, model.fingerprint)
     util.positive(cfg, "steps", "batch")
-    if not labels:
-        raise ValueError("--ckpts: got none, expected at least one model, e.g. --ckpts base ckpt/*.pt")
-    if not len(world.TASKS) <= cfg.rows <= cfg.per_task:
-        raise ValueError(f"--rows {cfg.rows}: expected at least one a task ({len(world.TASKS)}), at most --per-task {cfg.per_task}")
-    if cfg.per_task < 2 * len(world.TAGS) or cfg.per_task % world_size:
-        raise ValueError(f"--per-task {cfg.per_task}: expected at least {2 * len(world.TAGS)} images a task, a multiple of the {world_size} rank(s)")
+    model = models.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5)
+    world = world_of(model, cfg.prompts)
+    tasks = cfg.tasks or world.TASKS
+    found = read_models(cfg, model)
     times, start = schedule(cfg.steps).to(device), time.time()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    metas = {task: world.eval_prompts(task, cfg.per_task, cfg.split) for task in world.TASKS}
+    if not found:
+        raise ValueError("--ckpts: got none, expected at least one model, e.g. --ckpts base ckpt/*.pt")
+    if cfg.prompt:
+        return generate(cfg, model, found, times, autocast, rank, world_size)
+    for task in tasks:
+        if task not in world.TASKS or tasks.count(task) > 1:
+            raise ValueError(f"--tasks {task}: expected some of {', '.join(world.TASKS)}, each once")
+    if not len(tasks) <= cfg.rows <= cfg.per_task:
+        raise ValueError(f"--rows {cfg.rows}: expected at least one a task ({len(tasks)}), at most --per-task {cfg.per_task}")
+    if cfg.per_task < 2 * len(world.TAGS) or cfg.per_task % world_size:
+        raise ValueError(f"--per-task {cfg.per_task}: expected at least {2 * len(world.TAGS)} images a task, a multiple of the {world_size} rank(s)")
+    specs = {task: parse_reward(",".join(dict.fromkeys([world.SCORE[task], *cfg.also] + ["geneval_strict"] * (task == "geneval")))) for task in tasks}
+    metas = {task: world.eval_prompts(task, cfg.per_task, cfg.split) for task in tasks}
     share = cfg.per_task // world_size
     mine = range(rank * share, (rank + 1) * share)
-    with autocast:                    # every prompt once, for all models
-        texts = {task: encode(model.text, [metas[task][j]["prompt"] for j in mine]) for task in world.TASKS}
-    per_image, shown = {label: {task: {} for task in world.TASKS} for label in labels}, {label: [] for label in labels}
-    bar = tqdm(total=len(labels) * len(world.TASKS) * share, desc="eval", unit="image", disable=rank > 0)
-    for label, adapter in labels.items():
-        for task in world.TASKS:
-            spec = dict.fromkeys([world.SCORE[task], "quality"] + ["geneval_strict"] * (task == "geneval"), 1.0)
-            parts = {name: [] for name in spec}
-            wanted = (world.TASKS.index(task) + 1) * cfg.rows // len(world.TASKS)
+    model.text.prepare([meta["prompt"] for task in tasks for meta in metas[task]], rank, world_size)
+    util.barrier()
+    per_image, shown = {label: {task: {} for task in tasks} for label in found}, {label: [] for label in found}
+    bar = tqdm(total=len(found) * len(tasks) * share, desc="eval", unit="image", disable=rank > 0)
+    for label, (net, adapter) in found.items():
+        for n, task in enumerate(tasks):
+            parts = {name: [] for name in specs[task]}
+            wanted = (n + 1) * cfg.rows // len(tasks)
             for i in torch.tensor(mine).split(cfg.batch):
                 batch = [metas[task][j] for j in i]
+                text = encode(model.text, [m["prompt"] for m in batch])
                 noise = draw_noise([(cfg.seed, "eval", task, int(j)) for j in i], 0, model.latent_shape()).to(device)
                 with torch.no_grad(), autocast:
-                    latents = sample(model.mmdit, noise, times, texts[task].rows(i - mine.start), cfg.guidance, adapter)
+                    latents = sample(net, noise, times, text, cfg.guidance, adapter)
                 images = model.images(latents)
-                scores = score(spec, images, batch, world)
+                scores = score(specs[task], images, batch, world)
                 for name in parts:
                     parts[name].append(scores[name])
                 shown[label] += [(m["prompt"], image) for m, image in zip(batch, images)][:wanted - len(shown[label])]
@@ -166,22 +217,22 @@ def main(cfg):
     bar.close()
     if rank > 0:
         return
-    main_scores = {label: {task: per_image[label][task][world.SCORE[task]] for task in world.TASKS} for label in labels}
+    main_scores = {label: {task: per_image[label][task][world.SCORE[task]] for task in tasks} for label in found}
     results = {label: summarise(s, metas, world) for label, s in main_scores.items()}
     differences = gaps(main_scores, metas, world)
-    last = list(labels)[-1]
-    text = report(results, differences, last, world.TAGS, world.TASKS)
+    last = list(found)[-1]
+    text = report(results, differences, last, world.TAGS, tasks)
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text(text)
     numbers = {"settings": asdict(cfg), "world_size": world_size, "base": model.fingerprint, "torch": torch.__version__, "device": str(device),
                "seconds": time.time() - start, "table: mean, standard error, n": results, f"{last} minus: mean, standard error, n": differences,
                "all scores: mean, standard error": {label: {f"{name} on {task}": mean_se(v) for task, s in per_image[label].items() for name, v in s.items()}
-                                                    for label in labels}}
+                                                    for label in found}}
     out.with_suffix(".json").write_text(json.dumps(numbers, indent=1))
     picture(shown, out.with_suffix(".png"))
     print(f"\n{text}\nwrote {out}.md, {out}.json, {out}.png in {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    util.run(main, Config)
+    util.run(main, Config, presets=PRESETS)

@@ -1,26 +1,28 @@
 """
-The networks of Stable Diffusion 3 / 3.5, small enough to read in one sitting: MMDiT, LoRA, VAE, and one file that holds them.
+The networks of Stable Diffusion 3 / 3.5, small enough to read in one sitting: MMDiT, LoRA, VAE, and the files they come from.
 
-    model = load("ckpt/tiny.safetensors", device="cpu")
+    model = load("ckpt/tiny.safetensors")                            # the tiny world: a file
+    model = load("stable-diffusion-3.5-medium", "cuda")              # SD3.5: its published folder, or the hub's name of it
     context, pooled = model.text(["a photo of a red circle"])
-    v = model.mmdit(x, t, context, pooled)            # the base
-    v = model.mmdit(x, t, context, pooled, "ocr")     # the adapter called "ocr"
+    v = model.mmdit(x, t, context, pooled)                           # the base
+    v = model.mmdit(x, t, context, pooled, "ocr")                    # the adapter called "ocr"
 
 Parameter names are those of Stability's own checkpoints, so a file loads strictly and nothing is remapped. The architecture is
-read off the tensors' shapes: the tiny model in ckpt/ is the same class as SD3.5-Medium, only smaller.
+read off the tensors' shapes: SD3-Medium, SD3.5-Medium, SD3.5-Large and the tiny model in ckpt/ are one class and differ in numbers only.
 
 Papers: SD3 / MMDiT arXiv 2403.03206; LoRA arXiv 2106.09685; latent diffusion (the VAE) arXiv 2112.10752.
 """
 import hashlib
-import json
+import importlib
 import math
-import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------ LoRA
 
@@ -231,6 +233,7 @@ class MMDiT(nn.Module):
         self.context_embedder = nn.Linear(cfg.context_dim, cfg.width)
         self.joint_blocks = nn.ModuleList(JointBlock(cfg, i) for i in range(cfg.depth))
         self.final_layer = FinalLayer(cfg)
+        self.checkpointing = False       # True: keep only what goes in and out of a block, and compute its inside again on the way back
 
     def init_weights(self):
         """The reference initialisation: modulation and output start at zero, so that every block starts as the identity."""
@@ -262,7 +265,10 @@ class MMDiT(nn.Module):
         context = self.context_embedder(context.to(dtype))                                           # (B, L, D)
         y = self.x_embedder(x.to(dtype)) + self.positions(h, w).to(dtype)                            # (B, N, D)
         for block in self.joint_blocks:
-            y, context = block(y, context, c, adapter)
+            if self.checkpointing and torch.is_grad_enabled():
+                y, context = checkpoint(block, y, context, c, adapter, use_reentrant=False)
+            else:
+                y, context = block(y, context, c, adapter)
         return unpatchify(self.final_layer(y, c), h, w, self.cfg.patch).to(x.dtype)
 
     # Adapters: plain dicts of tensors "joint_blocks.0.x_block.attn.qkv.A" (3, r, D) and "....B" (3, D, r), and their alpha.
@@ -410,6 +416,7 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Images <-> latents. Defaults are SD3's: 8x smaller, 16 channels, scaled latents z = (raw - 0.0609) * 1.5305."""
     scale, shift = 1.5305, 0.0609
+    pixels = 2 ** 20         # of the images that go through at a time (4 of 512 x 512), so that memory does not grow with the batch
 
     def __init__(self, ch=(128, 256, 512, 512), n_res=2, z=16):
         super().__init__()
@@ -424,69 +431,39 @@ class VAE(nn.Module):
         ch = [shape[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
         return cls(ch, n_res, shape["decoder.conv_in.weight"][1])
 
+    def slices(self, x, factor=1):
+        """A batch (B, C, h, w), cut into what goes through at a time."""
+        return x.to(self.decoder.conv_in.weight.dtype).split(max(1, self.pixels // (x.shape[-2] * x.shape[-1] * factor ** 2)))
+
     def encode(self, images, generator=None):
         """images (B, 3, H, W) in [-1, 1] -> scaled latents (B, z, H / factor, W / factor); the mean, or a draw if a generator is given."""
-        mean, logvar = self.encoder(images).chunk(2, dim=1)
+        mean, logvar = torch.cat([self.encoder(x) for x in self.slices(images)]).chunk(2, dim=1)
         if generator is not None:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
             mean = mean + noise * torch.exp(0.5 * logvar.clamp(-30, 20))
         return (mean - self.shift) * self.scale
 
-    def decode(self, z, slice_size=64):
-        """scaled latents -> images in [-1, 1], `slice_size` at a time so that memory does not grow with the batch."""
-        raw = z.to(self.decoder.conv_in.weight.dtype) / self.scale + self.shift
-        return torch.cat([self.decoder(r) for r in raw.split(slice_size)]).clamp(-1, 1)
+    def decode(self, z):
+        """scaled latents (B, z, h, w) -> images (B, 3, h * factor, w * factor) in [-1, 1]."""
+        return torch.cat([self.decoder(x) for x in self.slices(z / self.scale + self.shift, self.factor)]).clamp(-1, 1)
 
 
-# ------------------------------------------------------------------ text
-
-
-class TinyText(nn.Module):
-    """The tiny world's text encoder: a word is a token, a capital letter is a token, each has a vector, each place has a vector.
-
-    Contextual meaning is left to the MMDiT, whose joint attention reads and rewrites the tokens in every block.
-    """
-
-    def __init__(self, vocab, length, dim):
-        super().__init__()
-        self.vocab, self.ids, self.length = vocab, {w: i for i, w in enumerate(vocab)}, length
-        self.embed = nn.Embedding(len(vocab), dim)               # vocab[0] is the padding
-        self.place = nn.Parameter(0.02 * torch.randn(length, dim))
-        self.pool = nn.Linear(dim, dim)
-
-    def tokens(self, prompts):
-        """prompts -> (B, L) ids. ValueError names an unknown word or a prompt that is too long; "" is all padding."""
-        rows = []
-        for p in prompts:
-            words = re.findall(r'[a-z]+|[A-Z]|[^\sa-zA-Z]', p)
-            for w in words:
-                if w not in self.ids:
-                    raise ValueError(f"prompt {p!r}: the tiny world has no word {w!r}; it knows {' '.join(self.vocab[1:])}")
-            if len(words) > self.length:
-                raise ValueError(f"prompt {p!r} has {len(words)} tokens, the tiny text encoder takes {self.length}")
-            rows.append([self.ids[w] for w in words] + [0] * (self.length - len(words)))
-        return torch.tensor(rows, device=self.place.device)
-
-    def forward(self, prompts):
-        """prompts, a list of B strings -> context (B, L, dim), pooled (B, dim)."""
-        tokens = self.tokens(prompts)
-        context = self.embed(tokens) + self.place
-        used = (tokens > 0).unsqueeze(-1).to(context.dtype)
-        return context, self.pool((context * used).sum(1) / used.sum(1).clamp(min=1))
-
-
-# ------------------------------------------------------------------ one file
+# ------------------------------------------------------------------ files
 
 
 @dataclass
 class Model:
-    """What one file holds, on one device."""
+    """A base and what goes with it, on one device."""
     mmdit: MMDiT
     vae: VAE
-    text: nn.Module
-    fingerprint: str
-    world: str               # "tiny": the name under which the training scripts find defaults, prompts and rewards
-    resolution: int
+    text: object             # prompts, a list of B strings -> context (B, L, context_dim), pooled (B, pooled_dim); text.prepare(prompts) beforehand
+    world: str               # "tiny" or "sd3": where the training scripts find defaults, prompts and rewards
+    resolution: int          # side of the images, in pixels
+    file: str                # the safetensors file that transformer and VAE were read from
+
+    @property
+    def fingerprint(self):
+        return self.mmdit.fingerprint
 
     def latent_shape(self):
         side = self.resolution // self.vae.factor
@@ -501,45 +478,98 @@ class Model:
 PREFIX = {"mmdit": "model.diffusion_model.", "vae": "first_stage_model.", "text": "text_encoder."}
 
 
-def fingerprint(tensors):
-    """A short name for a set of weights, the same whatever dtype they are later loaded in: a hash of names, shapes and samples."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        flat = tensors[name].flatten()
-        digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
-        digest.update(flat[:: max(1, flat.numel() // 64)].float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def open_file(path):
+    """A safetensors file, memory-mapped. ValueError if it is none, or not a whole one."""
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"{path}: expected a safetensors file, got: {' '.join(str(e).split())}") from None
 
 
-def load_strictly(module, tensors, what):
-    """load_state_dict, but a tensor that does not fit is named with what was expected."""
+def check_shapes(module, got, path, prefix=""):
+    """ValueError that names the first tensor of got, {name: shape}, that is missing, superfluous or of another shape than the module's."""
     want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    got = {k: tuple(v.shape) for k, v in tensors.items()}
     for k in sorted(want.keys() | got.keys()):
         if want.get(k) != got.get(k):
-            raise ValueError(f"{what}: tensor '{k}' is {got.get(k, 'missing')}, expected {want.get(k, 'no such tensor')}")
-    module.load_state_dict(tensors)
-    return module
+            raise ValueError(f"{path}: tensor '{prefix}{k}' is {got.get(k, 'missing')}, expected {want.get(k, 'no such tensor')}")
 
 
-def load(path, device="cpu", dtype=torch.float32):
-    """Read a model file (safetensors, names as in sd3.5_medium.safetensors plus the tiny text encoder's). ValueError if it is not one."""
+def load_part(path, part, build, marker, device="cpu", dtype=torch.float32):
+    """One network out of a safetensors file: names with the part's PREFIX, or, in a file of its own, without. Strict.
+
+    build: {name: shape} -> the module; marker: the start of a name that shows the part is there at all. The module is made without memory and then
+    given the file's tensors one by one, each in its final dtype and on its device, so that there is never more than about one copy. On the CPU, in
+    the file's own dtype, there is not even that: the tensors are the mapped file. ValueError names the first tensor that does not fit.
+    """
+    with open_file(path) as f:
+        names = list(f.keys())
+        prefix = PREFIX[part] if any(n.startswith(PREFIX[part]) for n in names) else ""
+        if not any(n.startswith(prefix + marker) for n in names):
+            raise ValueError(f"{path}: has no tensor '{PREFIX[part]}{marker}...' or '{marker}...', expected Stability's native layout; it has "
+                             f"'{min(names, default='nothing')}'")
+        names = [n for n in names if n.startswith(prefix)]
+        got = {n.removeprefix(prefix): tuple(f.get_slice(n).get_shape()) for n in names}
     try:
-        with safe_open(path, "pt") as f:
-            tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"{path}: expected a safetensors model file, got: {e}") from None
-    part = {p: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)} for p, prefix in PREFIX.items()}
-    if meta.get("world") != "tiny" or not all(part.values()):
-        raise ValueError(f"{path}: expected a tiny-world model with tensors {', '.join(PREFIX.values())}*; make one with `python tiny.py`")
-    shape = {p: {k: tuple(v.shape) for k, v in ts.items()} for p, ts in part.items()}
-    try:
-        (length, dim), vocab, resolution = shape["text"]["place"], json.loads(meta["vocab"]), int(meta["resolution"])
-        mmdit, vae = MMDiT(MMDiTConfig.from_shapes(shape["mmdit"])), VAE.from_shapes(shape["vae"])
-    except (KeyError, IndexError, ValueError) as e:
-        raise ValueError(f"{path}: cannot read the architecture off it, for want of {e}") from None
-    load_strictly(mmdit, part["mmdit"], f"{path} (transformer)")
-    load_strictly(vae, part["vae"], f"{path} (VAE)")
-    text = load_strictly(TinyText(vocab, length, dim), part["text"], f"{path} (text encoder)")
-    mmdit, vae, text = (m.to(device, dtype).eval().requires_grad_(False) for m in (mmdit, vae, text))
-    return Model(mmdit, vae, text, fingerprint(part["mmdit"]), meta["world"], resolution)
+        with torch.device("meta"):
+            module = build(got)
+    except (KeyError, IndexError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{path}: is not Stability's native layout of the {part}: {type(e).__name__} {e}") from None
+    check_shapes(module, got, path, prefix)
+    digest, tensors = Fingerprint(), {}
+    for k in sorted(got):
+        with open_file(path) as f:       # opened anew for each, so that the pages of what was copied leave memory
+            tensor = f.get_tensor(prefix + k)
+        digest.add(k, tensor)
+        tensors[k] = tensor.to(device, dtype)
+        del tensor
+    module.load_state_dict(tensors, assign=True)
+    module.fingerprint = digest.name()
+    return module.eval().requires_grad_(False)
+
+
+def load_mmdit(path, device="cpu", dtype=torch.float32):
+    """The transformer of a file in Stability's native layout, as load_part: SD3-Medium, SD3.5-Medium, SD3.5-Large, the tiny world's."""
+    return load_part(path, "mmdit", lambda shape: MMDiT(MMDiTConfig.from_shapes(shape)), "joint_blocks.", device, dtype)
+
+
+def load_vae(path, device="cpu", dtype=torch.float32):
+    """The VAE of the same file, or of one of its own, as load_part."""
+    return load_part(path, "vae", VAE.from_shapes, "decoder.", device, dtype)
+
+
+class Fingerprint:
+    """A short name for a set of weights, the same whatever dtype they are later loaded in: a hash of names, shapes and samples."""
+
+    def __init__(self):
+        self.digest = hashlib.sha256()
+
+    def add(self, name, tensor):
+        flat = tensor.flatten()
+        self.digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        self.digest.update(flat[:: max(1, flat.numel() // 64)].float().numpy().tobytes())
+
+    def name(self):
+        return self.digest.hexdigest()[:16]
+
+
+def fingerprint(tensors):
+    """The Fingerprint of {name: tensor}."""
+    digest = Fingerprint()
+    for name in sorted(tensors):
+        digest.add(name, tensors[name])
+    return digest.name()
+
+
+def world_name(path):
+    """"tiny" for a file, "sd3" for a folder or a name on the hub ("organisation/model"). ValueError if it is nothing of the kind."""
+    if Path(path).is_file():
+        return "tiny"
+    if Path(path).is_dir() or len(Path(path).parts) == 2 and not Path(path).is_absolute() and not Path(path).suffix == ".safetensors":
+        return "sd3"
+    raise ValueError(f"--model {path}: expected the tiny world's safetensors file, SD3.5's published folder, or its name on the hub")
+
+
+def load(path, device="cpu", dtype=torch.float32, size=None, t5=None):
+    """A Model by its path (see world_name). size: side of the images in pixels; t5: how SD3.5's prompts are encoded (sd3.py)."""
+    world = importlib.import_module(world_name(path))      # here and not above: the worlds build on this file
+    return world.load(path, device, dtype, size, t5)

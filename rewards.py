@@ -25,13 +25,6 @@ RELATIONS = ("left of", "right of", "above", "below")
 GENEVAL_FORMS = ("soft", "strict", "benchmark")
 
 
-def world_of(model):
-    """The world that a model's pictures are judged in: the module with its prompts, detector, reader and quality score."""
-    import tiny
-    assert model.world == "tiny", "model.load admits the tiny world only"
-    return tiny
-
-
 def relative_position(a, b) -> set[str]:
     """The set of relations for which 'a is <relation> b' holds: none, one, or two near the diagonal. y points down."""
     box_a, box_b = np.reshape(a["box"], (2, 2)), np.reshape(b["box"], (2, 2))  # rows (x0, y0), (x1, y1)

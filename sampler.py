@@ -55,8 +55,8 @@ def encode(text_encoder, prompts):
     distinct = list(dict.fromkeys(prompts)) + [""]
     context, pooled = text_encoder(distinct)
     at = [distinct.index(p) for p in prompts]
-    null = [-1] * len(prompts)
-    return Text(context[at], pooled[at], context[null], pooled[null])
+    null_context, null_pooled = (x[-1:].expand(len(prompts), *x.shape[1:]) for x in (context, pooled))
+    return Text(context[at], pooled[at], null_context, null_pooled)
 
 
 def velocity(net, x, t, text, guidance=1.0, adapter=None):

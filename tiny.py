@@ -24,6 +24,7 @@ colour-shape pair, a fifth of all words. Shape pairs are held out of two_object 
 import json
 import math
 import os
+import re
 import time
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -34,11 +35,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import trange
 
 import util
-from model import MMDiT, MMDiTConfig, TinyText, VAE, PREFIX
+from model import MMDiT, MMDiTConfig, Model, PREFIX, VAE, check_shapes, load_mmdit, load_vae, open_file
 
 SIDE, CELL = 32, 8
 SHAPES = {"circle": (".####.", "######", "######", "######", "######", ".####."),
@@ -58,11 +60,13 @@ COUNTS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 S, C, A = list(SHAPES), list(COLORS), list(FONT)
 TASKS = ("geneval", "ocr", "quality")
+LORA = (16, 32.0)                                      # rank and alpha of a new adapter
 RATIO = {"geneval": 3, "ocr": 1, "quality": 1}         # prompts in stage 2, as the paper's GenEval 3 : OCR 1 : PickScore 1
 # What a teacher of the task is rewarded for, and what evaluation reports. Half of GenEval's reward is the strict form: the soft form alone pays
 # for half-right pictures and can be gamed.
 REWARD = {"geneval": "geneval=0.5,geneval_strict=0.5", "ocr": "ocr", "quality": "quality"}
 SCORE = {"geneval": "geneval_benchmark", "ocr": "ocr", "quality": "quality"}
+SCALE = {}             # what a score is divided by in the average
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 TRAIN_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}      # Flow-GRPO's; no single_object
 VOCAB = ["<pad>", *"a an photo poster sign of and that says left right above below".split(), '"', *COUNTS, *C, *S,
@@ -157,6 +161,66 @@ def eval_prompts(task, n, split="eval"):
     if task == "geneval":
         return [draw_prompt(rng, task, split, {tag: 1}) for tag, _ in zip(TAGS * (n // len(TAGS) + 1), range(n))]
     return [draw_prompt(rng, task, split) for _ in range(n)]
+
+
+# ------------------------------------------------------------------ the model file
+
+
+class TinyText(nn.Module):
+    """The tiny world's text encoder: a word is a token, a capital letter is a token, each has a vector, each place has a vector.
+
+    Contextual meaning is left to the MMDiT, whose joint attention reads and rewrites the tokens in every block.
+    """
+
+    def __init__(self, vocab, length, dim):
+        super().__init__()
+        self.vocab, self.ids, self.length = vocab, {w: i for i, w in enumerate(vocab)}, length
+        self.embed = nn.Embedding(len(vocab), dim)               # vocab[0] is the padding
+        self.place = nn.Parameter(0.02 * torch.randn(length, dim))
+        self.pool = nn.Linear(dim, dim)
+
+    def prepare(self, prompts, rank=0, world_size=1):
+        """SD3.5's encoders work through a run's prompts beforehand; here there is nothing to wait for, so this only checks their words."""
+        self.tokens(prompts)
+
+    def tokens(self, prompts):
+        """prompts -> (B, L) ids. ValueError names an unknown word or a prompt that is too long; "" is all padding."""
+        rows = []
+        for p in prompts:
+            words = re.findall(r'[a-z]+|[A-Z]|[^\sa-zA-Z]', p)
+            for w in words:
+                if w not in self.ids:
+                    raise ValueError(f"prompt {p!r}: the tiny world has no word {w!r}; it knows {' '.join(self.vocab[1:])}")
+            if len(words) > self.length:
+                raise ValueError(f"prompt {p!r} has {len(words)} tokens, the tiny text encoder takes {self.length}")
+            rows.append([self.ids[w] for w in words] + [0] * (self.length - len(words)))
+        return torch.tensor(rows, device=self.place.device)
+
+    def forward(self, prompts):
+        """prompts, a list of B strings -> context (B, L, dim), pooled (B, dim)."""
+        tokens = self.tokens(prompts)
+        context = self.embed(tokens) + self.place
+        used = (tokens > 0).unsqueeze(-1).to(context.dtype)
+        return context, self.pool((context * used).sum(1) / used.sum(1).clamp(min=1))
+
+
+def load(path, device="cpu", dtype=torch.float32, size=None, t5=None):
+    """The tiny world's model, all in one file: names as in sd3.5_medium.safetensors plus the text encoder's. ValueError if it is not one."""
+    with open_file(path) as f:
+        meta, tensors = f.metadata() or {}, {k.removeprefix(PREFIX["text"]): f.get_tensor(k) for k in f.keys() if k.startswith(PREFIX["text"])}
+    if meta.get("world") != "tiny":
+        raise ValueError(f"{path}: expected a tiny-world model as `python tiny.py` makes it; SD3.5 is given as its folder, not as a file")
+    if size not in (None, SIDE) or t5:
+        raise ValueError(f"--size {size} --t5 {t5}: are for SD3.5; the tiny world's pictures have {SIDE} px and its text encoder no T5")
+    try:
+        (length, dim), vocab, resolution = tensors["place"].shape, json.loads(meta["vocab"]), int(meta["resolution"])
+    except (KeyError, ValueError) as e:
+        raise ValueError(f"{path}: cannot read its text encoder, for want of {e}") from None
+    text = TinyText(vocab, length, dim)
+    check_shapes(text, {k: tuple(v.shape) for k, v in tensors.items()}, path, PREFIX["text"])
+    text.load_state_dict(tensors)
+    text = text.to(device, dtype).eval().requires_grad_(False)
+    return Model(load_mmdit(path, device, dtype), load_vae(path, device, dtype), text, "tiny", resolution, str(path))
 
 
 # ------------------------------------------------------------------ renderer

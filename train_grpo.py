@@ -5,12 +5,14 @@ Stage 1: a teacher by Flow-GRPO. One reward makes a teacher; several with a rati
     torchrun --nproc_per_node=2 train_grpo.py --tasks geneval             # two ranks (on CPU: OMP_NUM_THREADS=1, one rank a core)
     python train_grpo.py --tasks quality --anchor                         # marked as the teacher that anchors all prompts in stage 2
     python train_grpo.py --tasks geneval ocr quality --ratio 3 1 1        # GRPO-Mix -> runs/grpo-geneval-ocr-quality/adapter.pt
+    torchrun --nproc_per_node=8 train_grpo.py --model stable-diffusion-3.5-medium --tasks ocr --prompts ocr=DIR      # SD3.5
 
 A run that was stopped goes on where it was when the same command is given again.
 
 One iteration: sample G images a prompt by the SDE, score the last one, compare each with its group, and make the steps that led to
 the better ones more likely. Papers: Flow-GRPO arXiv 2505.05470, GRPO arXiv 2402.03300, PPO arXiv 1707.06347.
 """
+import copy
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,18 +20,20 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
+import adapters
 import model as models
 import util
-from rewards import parse_reward, score, world_of
+from prompts import world_of
+from rewards import parse_reward, score
 from sampler import Trajectory, draw_noise, encode, gaussian_kl, log_prob, rollout, schedule, step, velocity
 
 
 @dataclass
 class Config:
-    model: str = "ckpt/tiny.safetensors"                                 # the base
+    model: str = "ckpt/tiny.safetensors"                                 # the base: the tiny world's file, or SD3.5's folder or hub name
+    prompts: list[str] = field(default_factory=list)                     # TASK=DIR: that folder's prompts (prompts.py) instead of the world's own
     tasks: list[str] = field(default_factory=lambda: ["geneval"])        # one task: a teacher; several: GRPO-Mix
     ratio: list[int] = field(default_factory=list)                       # prompts of each task, e.g. 3 1 1 (default: all alike)
     reward: list[str] = field(default_factory=list)                      # a reward for each task, e.g. "geneval=0.5,ocr=0.5" (default: the world's REWARD)
@@ -46,16 +50,27 @@ class Config:
     guidance: float = 1.0                                                # w, in rollouts and updates alike
     lora_r: int = 16                                                     # LoRA rank
     lora_alpha: float = 32.0                                             # LoRA scale is alpha / r
+    full: bool = False                                                   # train the whole transformer instead of an adapter
     lr: float = 5e-4                                                     # AdamW
     beta: float = 0.01                                                   # weight of the KL to the base
     clip: float = 1e-4                                                   # PPO clip range (see sampler.log_prob for why so small)
     adv_std: Literal["batch", "group"] = "batch"                         # what advantages are divided by: all rewards' std, or the group's
     updates: int = 1                                                     # optimiser steps a rollout, each on its share of the batch
     micro: int = 96                                                      # images a forward pass, in rollouts and updates (memory)
+    checkpointing: bool = False                                          # keep fewer activations and compute them again (memory)
+    size: int | None = None                                              # side of the images in pixels (default: the tiny world's 32)
+    t5: str = ""                                                         # SD3.5's T5: 128 or 256 tokens, or zeros (left out)
+    dtype: Literal["float32", "bfloat16"] = "float32"                    # of weights that do not learn
     save_every: int = 25                                                 # iterations between resumable states
     compile: bool = False                                                # torch.compile the blocks
     seed: int = 0                                                        # of everything
     device: str = "auto"                                                 # auto, cuda, mps, cpu
+
+
+# Defaults that --model changes. For SD3.5 they are the released ones (preset geneval_sd3: 48 groups of 24, two updates, all steps but the last).
+# DEVIATION: the step that is not trained takes no noise here. EMA of the adapter is left out. iters is ours: teachers took thousands.
+PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=10, noisy=[0, 9], guidance=4.5, batch=1152, group=24, updates=2, lora_r=32, lora_alpha=64.0,
+                       lr=3e-4, beta=0.04, micro=8, iters=1000)}
 
 
 def advantages(reward, group, adv_std, everyone):
@@ -110,42 +125,51 @@ def check_rewards(rewards, model, world):
 
 def main(cfg):
     rank, world_size, device = util.setup(cfg.device, cfg.seed)
-    model = models.load(cfg.model, device)
-    world = world_of(model)
+    model = models.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5)
+    world = world_of(model, cfg.prompts)
     check(cfg, world_size, world)
-    net = model.mmdit
     rewards = {task: parse_reward(spec) for task, spec in zip(cfg.tasks, cfg.reward or [world.REWARD[t] for t in cfg.tasks])}
     check_rewards(rewards, model, world)
     pattern = [task for task, n in zip(cfg.tasks, cfg.ratio or [1] * len(cfg.tasks)) for _ in range(n)]
     name = cfg.name or "grpo-" + "-".join(cfg.tasks)
     folder = Path("runs") / name
-    out = cfg.out or (f"ckpt/{cfg.tasks[0]}.pt" if len(cfg.tasks) == 1 else str(folder / "adapter.pt"))
+    out = Path(cfg.out or (f"ckpt/{cfg.tasks[0]}.pt" if len(cfg.tasks) == 1 else folder / "adapter.pt"))
 
-    torch.manual_seed(cfg.seed)
-    net.add_adapter("policy", cfg.lora_r, cfg.lora_alpha, trainable=True)
+    # The reference is the frozen base; the policy an adapter on it or, with --full, a whole transformer of its own.
+    frozen, me = model.mmdit, None if cfg.full else "policy"
+    net = copy.deepcopy(frozen).float().requires_grad_(True) if cfg.full else frozen
+    if not cfg.full:
+        torch.manual_seed(cfg.seed)
+        net.add_adapter(me, cfg.lora_r, cfg.lora_alpha, trainable=True)
+    net.checkpointing = cfg.checkpointing
+    if cfg.compile:
+        util.compile_blocks(net)
+    policy = util.distribute(net, cfg.full)
     params = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
     settings, first = {**asdict(cfg), "world_size": world_size}, 0
     state = util.resume(folder / "state.pt", settings, model.fingerprint, free=["iters"])
     if state:
         first = state["iter"]
-        net.load_state_dict(state["adapter"], strict=False)
-        opt.load_state_dict(state["opt"])
-    if cfg.compile:
-        util.compile_blocks(net)
-    policy = DDP(net, broadcast_buffers=False) if world_size > 1 else net
+        util.restore(state, net, opt)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     times = schedule(cfg.steps).to(device)
     trained = range(*cfg.noisy)
-    frozen = net                                                             # the reference: the base, without an adapter
     prompts, images = cfg.batch // cfg.group, cfg.batch // world_size        # prompts over all ranks, images on this one
     log = util.Log(folder, rank, settings, first)
 
+    def draw(it):
+        """The prompts of an iteration: the same list on every rank."""
+        rng = np.random.default_rng((cfg.seed, it))
+        return [world.draw_prompt(rng, pattern[(it * prompts + j) % len(pattern)], "train") for j in range(prompts)]
+
+    model.text.prepare([meta["prompt"] for it in range(first, cfg.iters) for meta in draw(it)], rank, world_size)
+    util.barrier()
+
     for it in tqdm(range(first, cfg.iters), initial=first, total=cfg.iters, desc=name, disable=rank > 0):
         start = time.time()
-        # 1. Prompts: the same list on every rank; each takes whole groups.
-        rng = np.random.default_rng((cfg.seed, it))
-        metas = [world.draw_prompt(rng, pattern[(it * prompts + j) % len(pattern)], "train") for j in range(prompts)]
+        # 1. Prompts: each rank takes whole groups.
+        metas = draw(it)
         mine = util.share(cfg.batch, cfg.updates, rank, world_size)          # indices into the batch of all ranks
         metas = [metas[i // cfg.group] for i in mine]
         text = encode(model.text, [m["prompt"] for m in metas])
@@ -154,7 +178,7 @@ def main(cfg):
         noise = draw_noise([(cfg.seed, it, i) for i in mine], cfg.steps, model.latent_shape()).to(device)
         minibatches = [rows.split(cfg.micro) for rows in torch.arange(images, device=device).chunk(cfg.updates)]
         with autocast:                                                       # in the very pieces of the update: same shapes, same rounding
-            trajs = [rollout(net, noise[i], times, text.rows(i), cfg.guidance, "policy", cfg.rollout, cfg.a, trained) for part in minibatches for i in part]
+            trajs = [rollout(net, noise[i], times, text.rows(i), cfg.guidance, me, cfg.rollout, cfg.a, trained) for part in minibatches for i in part]
         traj = Trajectory(*(torch.cat(parts) for parts in zip(*trajs)))
 
         # 3. Reward of the final image, each by its own task's, and the advantage over the group.
@@ -179,7 +203,7 @@ def main(cfg):
             for n, (i, k) in enumerate(pieces):
                 with util.no_sync(policy, skip=n < len(pieces) - 1), autocast:
                     x, x_next, sub, t, t_next = traj.x[i, k], traj.x[i, k + 1], text.rows(i), times[k].expand(len(i)), times[k + 1]
-                    v = velocity(policy, x, t, sub, cfg.guidance, "policy").float()
+                    v = velocity(policy, x, t, sub, cfg.guidance, me).float()
                     mean, std = step(cfg.rollout, x, v, t, t_next, cfg.a, times[1])
                     logp = log_prob(x_next, mean, std)
                     loss, ratio = ppo_loss(logp, traj.logp[i, k], adv[i], cfg.clip)
@@ -190,7 +214,7 @@ def main(cfg):
                     loss = ((loss + cfg.beta * kl) * keep[i]).sum() / (kept * len(trained))
                     (loss * world_size).backward()                           # DDP averages over ranks; the loss above is a share of a sum
                 ratios[i, k - trained[0]], kls[i, k - trained[0]] = ratio.detach(), kl.detach()
-            grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+            grad_norm = util.clip(params)
             util.finite(grad_norm, it)
             opt.step()
             opt.zero_grad()
@@ -204,15 +228,18 @@ def main(cfg):
         log({"iter": it + 1, **by_task, "reward_std": everyone.std(unbiased=False).item(), "zero_std_ratio": 1 - util.sync_mean(keep.float().mean()).item(),
              "ratio_err": off[first_update].max().item(), "clip_frac": (off > cfg.clip).float().mean().item(), "kl": util.gather(kls).mean().item(),
              "grad_norm": grad_norm, "s/it": seconds, "images/s": cfg.batch / seconds})
-        if rank == 0 and ((it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters):
-            util.save_atomic({"iter": it + 1, "adapter": {k: p for k, p in net.state_dict().items() if k.endswith(".policy")},
-                              "opt": opt.state_dict(), "settings": settings, "base": model.fingerprint}, folder / "state.pt")
+        if (it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters:
+            util.save_state(folder / "state.pt", net, opt, rank, iter=it + 1, settings=settings, base=model.fingerprint)
 
+    task = "+".join(cfg.tasks)
+    if cfg.full:
+        out = adapters.save_whole(out.with_suffix(".safetensors"), util.weights(net), model.file, rank, task=task, anchor=cfg.anchor)
+    else:
+        adapters.save_adapter(out, rank, task=task, reward=rewards, anchor=cfg.anchor, base=model.fingerprint, r=cfg.lora_r, alpha=cfg.lora_alpha,
+                              tensors=net.adapter(me), settings=settings)
     if rank == 0:
-        util.save_adapter(out, task="+".join(cfg.tasks), reward=rewards, anchor=cfg.anchor, base=model.fingerprint, r=cfg.lora_r, alpha=cfg.lora_alpha,
-                          tensors=net.adapter("policy"), settings=settings)
         print(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    util.run(main, Config)
+    util.run(main, Config, presets=PRESETS)

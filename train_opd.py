@@ -4,6 +4,7 @@ Stage 2: Flow-OPD. One student learns from all teachers, on the states it visits
     python train_opd.py --teachers ckpt/*.pt                                  # -> runs/opd/student.pt
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 train_opd.py --teachers ckpt/*.pt       # two CPU cores
     torchrun --nproc_per_node=8 train_opd.py --teachers ckpt/*.pt             # eight GPUs
+    torchrun --nproc_per_node=8 train_opd.py --model stable-diffusion-3.5-medium --teachers geneval=DIR ocr=DIR quality=DIR --anchor quality   # SD3.5
 
 A run that was stopped goes on where it was when the same command is given again. All it writes is in runs/NAME/.
 
@@ -13,6 +14,8 @@ per-step reward of the paper, r_t = -KL(student || teacher), is differentiated i
 
 Papers: Flow-OPD arXiv 2605.08063; closed form: DiffusionOPD arXiv 2605.15055.
 """
+import copy
+import importlib
 import time
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -21,19 +24,20 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
+import adapters
 import model as models
 import util
-from rewards import world_of
+from prompts import world_of
 from sampler import Trajectory, draw_noise, encode, gaussian_kl, rollout, schedule, step, velocity
 
 
 @dataclass
 class Config:
-    teachers: list[str] = field(default_factory=list)                    # adapters written by train_grpo.py, one a task
-    model: str = "ckpt/tiny.safetensors"                                 # the base, the same for all
+    teachers: list[str] = field(default_factory=list)                    # one a task, PATH or TASK=PATH, in any form that adapters.py reads
+    model: str = "ckpt/tiny.safetensors"                                 # the base, the same for all: the tiny world's file, or SD3.5's folder or hub name
+    prompts: list[str] = field(default_factory=list)                     # TASK=DIR: that folder's prompts (prompts.py) instead of the world's own
     anchor: str = ""                                                     # the task whose teacher anchors all prompts (default: the file marked so)
     ratio: list[str] = field(default_factory=list)                       # prompts of each teacher's task (default: the world's, geneval=3 ocr=1 quality=1)
     init: Literal["merge", "none"] = "merge"                             # cold start: exact average of the teachers, or the base
@@ -50,13 +54,22 @@ class Config:
     guidance: float = 1.0                                                # w, in rollouts, student and teachers alike
     lora_r: int | None = None                                            # LoRA rank of the student, for --init none (a merge's ranks add up)
     lora_alpha: float | None = None                                      # LoRA scale is alpha / r, for --init none
+    full: bool = False                                                   # the student is a whole transformer instead of an adapter
     lr: float = 3e-3                                                     # AdamW, decays linearly to zero
     updates: int = 4                                                     # optimiser steps a rollout, each on its share of the batch
     micro: int = 96                                                      # images a forward pass, in rollouts, targets and updates (memory)
+    checkpointing: bool = False                                          # keep fewer activations and compute them again (memory)
+    size: int | None = None                                              # side of the images in pixels (default: the tiny world's 32)
+    t5: str = ""                                                         # SD3.5's T5: 128 or 256 tokens, or zeros (left out)
+    dtype: Literal["float32", "bfloat16"] = "float32"                    # of weights that do not learn
     save_every: int = 10                                                 # iterations between resumable states
     compile: bool = False                                                # torch.compile the blocks
     seed: int = 0                                                        # of everything
     device: str = "auto"                                                 # auto, cuda, mps, cpu
+
+
+# Defaults that --model changes. For SD3.5 they are the released ones (preset mix_opd_8gpu); iters is ours and untried.
+PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=10, noisy=[0, 9], guidance=4.5, batch=256, group=16, updates=2, lr=1e-4, micro=4, iters=300)}
 
 
 def opd_kl(v_student, v_target, x, t, t_next, kind, a, t_second):
@@ -75,22 +88,25 @@ def opd_kl(v_student, v_target, x, t, t_next, kind, a, t_second):
 OBJECTIVES = {"kl": opd_kl}      # each: velocities of student and target at the visited states -> a loss for each state
 
 
-def read_teachers(cfg, base, world):
+def read_teachers(cfg, model, world):
     """The teachers by task, and the anchor's task (None without MAR). ValueError if a file or the set of them will not do."""
     if not cfg.teachers:
         raise ValueError("--teachers: got none, expected adapters written by train_grpo.py, e.g. --teachers ckpt/*.pt")
     teachers, source = {}, {}
-    for path in cfg.teachers:
-        teacher = util.read_adapter(path, base)
+    for spec in cfg.teachers:
+        label, path = adapters.split_label(spec)
+        teacher = adapters.read(path, model, label)
         task = teacher["task"]
         if task not in world.TASKS:
-            raise ValueError(f"{path}: is trained on '{task}', expected one of {', '.join(world.TASKS)}, to which prompts can be routed")
+            raise ValueError(f"{spec}: is trained on '{task}', expected one of {', '.join(world.TASKS)}, to which prompts can be routed" + "; say TASK=PATH" * (not task))
         if task in teachers:
             raise ValueError(f"{path}: is a second teacher of '{task}', after {source[task]}; a prompt is routed to one")
         teachers[task], source[task] = teacher, path
     marked = [task for task, teacher in teachers.items() if teacher["anchor"]]
     if cfg.anchor and (cfg.anchor not in teachers or not cfg.lam):
         raise ValueError(f"--anchor {cfg.anchor}: expected the task of a teacher ({', '.join(teachers)}), and --lam > 0; got --lam {cfg.lam}")
+    if cfg.init == "merge" and not cfg.full and any("net" in teacher for teacher in teachers.values()):
+        raise ValueError("--init merge: a teacher is a whole transformer, whose average with others is no adapter; use --full, or --init none")
     if not cfg.lam:
         return teachers, None
     if not cfg.anchor and len(marked) != 1:
@@ -111,14 +127,31 @@ def read_ratio(ratio, teachers, default):
     return counts or {task: default[task] for task in teachers}
 
 
-def check(cfg, world_size):
+def routed_velocity(teachers, frozen, routed, x, t, text, guidance):
+    """The velocity of each image's own teacher. routed (B,): index into teachers; x (B, C, H, W), t (B,) -> (B, C, H, W).
+
+    Teachers that are adapters share one base and one forward; one that is a whole transformer runs on its own images.
+    """
+    shared = [task for task, teacher in teachers.items() if "net" not in teacher]
+    v = torch.empty_like(x)
+    for net, tasks in [(frozen, shared)] + [(teacher["net"], [task]) for task, teacher in teachers.items() if "net" in teacher]:
+        theirs = torch.tensor([list(teachers).index(task) for task in tasks], device=x.device)
+        rows, index = (routed[:, None] == theirs).nonzero(as_tuple=True)     # whose teacher is among these, and which one it is
+        if len(rows):
+            route = models.Route(tasks, index) if net is frozen else None
+            v[rows] = velocity(net, x[rows], t[rows], text.rows(rows), guidance, route).float()
+    return v
+
+
+def check(cfg, world_size, world):
     """All else that can be known to be wrong before any time is spent."""
     util.positive(cfg, "iters", "batch", "group", "steps", "a", "lr", "updates", "micro", "save_every")
-    if cfg.init == "none":
-        cfg.lora_r, cfg.lora_alpha = cfg.lora_r or 16, cfg.lora_alpha or 32.0
+    if cfg.init == "none" and not cfg.full:
+        r, alpha = world.LORA
+        cfg.lora_r, cfg.lora_alpha = r if cfg.lora_r is None else cfg.lora_r, alpha if cfg.lora_alpha is None else cfg.lora_alpha
         util.positive(cfg, "lora_r", "lora_alpha")
     elif cfg.lora_r is not None or cfg.lora_alpha is not None:
-        raise ValueError(f"--lora-r {cfg.lora_r} --lora-alpha {cfg.lora_alpha}: are for --init none; a merge has the sum of its teachers' ranks")
+        raise ValueError(f"--lora-r {cfg.lora_r} --lora-alpha {cfg.lora_alpha}: are for an adapter from --init none; a merge has the sum of its teachers' ranks")
     if cfg.lam < 0:
         raise ValueError(f"--lam {cfg.lam}: expected 0 (no anchor) or more")
     util.check_rollout(cfg, world_size)
@@ -126,51 +159,65 @@ def check(cfg, world_size):
 
 def main(cfg):
     rank, world_size, device = util.setup(cfg.device, cfg.seed)
-    model = models.load(cfg.model, device)
-    world = world_of(model)
-    check(cfg, world_size)
-    teachers, anchor = read_teachers(cfg, model.fingerprint, world)
+    check(cfg, world_size, importlib.import_module(models.world_name(cfg.model)))
+    model = models.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5)
+    world = world_of(model, cfg.prompts)
+    teachers, anchor = read_teachers(cfg, model, world)
     pattern = [task for task, n in read_ratio(cfg.ratio, teachers, world.RATIO).items() for _ in range(n)]
-    net, folder = model.mmdit, Path("runs") / cfg.name
+    folder, names, objective = Path("runs") / cfg.name, list(teachers), OBJECTIVES[cfg.objective]
 
-    # Everybody is an adapter on the one base: the teachers frozen, the student a copy of their merge (or new, for --init none).
+    # Teachers and anchor: adapters on one frozen base (or whole transformers beside it). The student: one more adapter, a copy of their merge
+    # (or new, for --init none); with --full a whole transformer of its own, from the average of theirs (or the base).
+    frozen, me = model.mmdit, None if cfg.full else "student"
+    net = copy.deepcopy(frozen).float().requires_grad_(True) if cfg.full else frozen
+    if cfg.full and cfg.init == "merge":
+        adapters.average_weights(net, frozen, list(teachers.values()))
     for task, teacher in teachers.items():
-        net.add_adapter(task, teacher["r"], teacher["alpha"], teacher["tensors"])
-    torch.manual_seed(cfg.seed)
-    cold = models.merge_adapters(list(teachers.values())) if cfg.init == "merge" else {"r": cfg.lora_r, "alpha": cfg.lora_alpha, "tensors": None}
-    net.add_adapter("student", cold["r"], cold["alpha"], cold["tensors"], trainable=True)
-    names, objective = list(teachers), OBJECTIVES[cfg.objective]
+        if "net" not in teacher:
+            frozen.add_adapter(task, teacher["r"], teacher["alpha"], teacher["tensors"])
+    if not cfg.full:
+        torch.manual_seed(cfg.seed)
+        cold = models.merge_adapters(list(teachers.values())) if cfg.init == "merge" else {"r": cfg.lora_r, "alpha": cfg.lora_alpha, "tensors": None}
+        net.add_adapter(me, cold["r"], cold["alpha"], cold["tensors"], trainable=True)
+    net.checkpointing = cfg.checkpointing
+    if cfg.compile:
+        util.compile_blocks(net)
+    student = util.distribute(net, cfg.full)
     params = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)
-    taught_by = {task: models.fingerprint(teacher["tensors"]) for task, teacher in teachers.items()}
+    taught_by = {task: teacher["net"].fingerprint if "net" in teacher else models.fingerprint(teacher["tensors"]) for task, teacher in teachers.items()}
     settings, first = {**asdict(cfg), "teachers": taught_by, "world_size": world_size}, 0
     state = util.resume(folder / "state.pt", settings, model.fingerprint)
     if state:
         first = state["iter"]
-        net.load_state_dict(state["adapter"], strict=False)
-        opt.load_state_dict(state["opt"])
-    if cfg.compile:
-        util.compile_blocks(net)
-    student = DDP(net, broadcast_buffers=False) if world_size > 1 else net
-    frozen = net                                                             # teachers and anchor: adapters that do not learn
+        util.restore(state, net, opt)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     times = schedule(cfg.steps).to(device)
     supervised = range(*cfg.noisy)
     prompts, images = cfg.batch // cfg.group, cfg.batch // world_size        # prompts over all ranks, images on this one
     log = util.Log(folder, rank, settings, first)
 
-    def save(path):
-        util.save_adapter(path, task="+".join(teachers), anchor=False, base=model.fingerprint, r=cold["r"], alpha=cold["alpha"],
-                          tensors=net.adapter("student"), settings=settings)
+    def draw(it):
+        """The prompts of an iteration: the same list on every rank."""
+        rng = np.random.default_rng((cfg.seed, it))
+        return [world.draw_prompt(rng, pattern[(it * prompts + j) % len(pattern)], "train") for j in range(prompts)]
 
-    if rank == 0 and not state:
-        save(folder / "init.pt")
+    def save(name):
+        task = "+".join(teachers)
+        if cfg.full:
+            return adapters.save_whole(folder / f"{name}.safetensors", util.weights(net), model.file, rank, task=task)
+        return adapters.save_adapter(folder / f"{name}.pt", rank, task=task, anchor=False, base=model.fingerprint, r=cold["r"], alpha=cold["alpha"],
+                                     tensors=net.adapter(me), settings=settings)
+
+    model.text.prepare([meta["prompt"] for it in range(first, cfg.iters) for meta in draw(it)], rank, world_size)
+    util.barrier()
+    if not state:
+        save("init")
 
     for it in tqdm(range(first, cfg.iters), initial=first, total=cfg.iters, desc=cfg.name, disable=rank > 0):
         start = time.time()
-        # 1. Prompts: the same list on every rank; each rank takes its own part of the images.
-        rng = np.random.default_rng((cfg.seed, it))
-        metas = [world.draw_prompt(rng, pattern[(it * prompts + j) % len(pattern)], "train") for j in range(prompts)]
+        # 1. Prompts: each rank takes its own part of the images.
+        metas = draw(it)
         mine = util.share(cfg.batch, cfg.updates, rank, world_size)          # indices into the batch of all ranks
         metas = [metas[i // cfg.group] for i in mine]
         text = encode(model.text, [m["prompt"] for m in metas])
@@ -180,7 +227,7 @@ def main(cfg):
         minibatches = [rows.split(cfg.micro) for rows in torch.arange(images, device=device).chunk(cfg.updates)]
         pieces = [i for part in minibatches for i in part]
         with autocast:
-            trajs = [rollout(net, noise[i], times, text.rows(i), cfg.guidance, "student", cfg.rollout, cfg.a, supervised) for i in pieces]
+            trajs = [rollout(net, noise[i], times, text.rows(i), cfg.guidance, me, cfg.rollout, cfg.a, supervised) for i in pieces]
         traj = Trajectory(*(torch.cat(parts) for parts in zip(*trajs)))
 
         # 3. Targets: at every visited state, the velocity of the prompt's own teacher (hard routing), and of the anchor.
@@ -190,9 +237,9 @@ def main(cfg):
         with torch.no_grad(), autocast:
             for i, k in product(pieces, supervised):
                 x, t, sub = traj.x[i, k], times[k].expand(len(i)), text.rows(i)
-                v_teacher[i, k] = velocity(frozen, x, t, sub, cfg.guidance, models.Route(names, routed[i])).float()
+                v_teacher[i, k] = routed_velocity(teachers, frozen, routed[i], x, t, sub, cfg.guidance)
                 if anchor:
-                    v_anchor[i, k] = velocity(frozen, x, t, sub, cfg.guidance, anchor).float()
+                    v_anchor[i, k] = routed_velocity(teachers, frozen, torch.full_like(routed[i], names.index(anchor)), x, t, sub, cfg.guidance)
 
         # 4. Update: pull each supervised step of each trajectory towards its teacher's, and a little towards the anchor's.
         kls, mar, grad_norm = torch.zeros(images, cfg.steps, device=device), torch.zeros(images, cfg.steps, device=device), 0.0
@@ -203,7 +250,7 @@ def main(cfg):
             for n, (i, k) in enumerate(states):
                 with util.no_sync(student, skip=n < len(states) - 1), autocast:
                     x, t, t_next = traj.x[i, k], times[k].expand(len(i)), times[k + 1]
-                    v = velocity(student, x, t, text.rows(i), cfg.guidance, "student").float()
+                    v = velocity(student, x, t, text.rows(i), cfg.guidance, me).float()
                     kl = objective(v, v_teacher[i, k], x, t, t_next, cfg.rollout, cfg.a, times[1])           # (B,)
                     loss = kl
                     if anchor:                                               # MAR: + lam KL(student || anchor), whatever the prompt's task
@@ -212,7 +259,7 @@ def main(cfg):
                         mar[i, k] = kl_anchor.detach()
                     (loss.sum() / (images // cfg.updates * len(supervised))).backward()                      # DDP averages over ranks
                 kls[i, k] = kl.detach()
-            grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+            grad_norm = util.clip(params)
             util.finite(grad_norm, it)
             opt.step()
             opt.zero_grad()
@@ -223,14 +270,13 @@ def main(cfg):
         seconds = time.time() - start
         log({"iter": it + 1, "kl": kls.mean().item(), **by_task, "kl_first": kls[:, 0].mean().item(), "kl_last": kls[:, -1].mean().item(),
              "kl_anchor": mar.mean().item(), "grad_norm": grad_norm, "s/it": seconds, "images/s": cfg.batch / seconds})
-        if rank == 0 and ((it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters):
-            util.save_atomic({"iter": it + 1, "adapter": {k: p for k, p in net.state_dict().items() if k.endswith(".student")},
-                              "opt": opt.state_dict(), "settings": settings, "base": model.fingerprint}, folder / "state.pt")
+        if (it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters:
+            util.save_state(folder / "state.pt", net, opt, rank, iter=it + 1, settings=settings, base=model.fingerprint)
 
+    path = save("student")
     if rank == 0:
-        save(folder / "student.pt")
-        print(f"wrote {folder / 'student.pt'} (cold start: {folder / 'init.pt'})")
+        print(f"wrote {path} (cold start: {path.with_stem('init')})")
 
 
 if __name__ == "__main__":
-    util.run(main, Config)
+    util.run(main, Config, presets=PRESETS)

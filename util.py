@@ -15,21 +15,36 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
+
+from model import world_name
 
 # ------------------------------------------------------------------ command line
 
 
-def parse(cls, argv=None):
-    """A dataclass is the whole command line: each field is a flag, its doc is the comment on its line in the class."""
-    docs = field_docs(cls)
+def parse(cls, argv=None, presets=None, positional=None):
+    """A dataclass is the whole command line: each field is a flag, its doc is the comment on its line in the class.
+
+    presets: {world: {field: default}}, the defaults that follow from --model; positional: a field that needs no flag.
+    """
+    docs, preset = field_docs(cls), {}
+    if presets:
+        peek = argparse.ArgumentParser(add_help=False)
+        peek.add_argument("--model", default=cls.model)
+        preset = presets.get(world_name(peek.parse_known_args(argv)[0].model), {})
+        assert set(preset) <= set(docs), "a preset names a field that is none"
     p = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        default = preset.get(f.name, f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default)
         kind, flag = hints[f.name], "--" + f.name.replace("_", "-")
         doc = f"{docs.get(f.name, '')} (default: {default})".replace("%", "%%")
-        if typing.get_origin(kind) is list:
+        if f.name == positional:
+            p.add_argument(f.name, nargs="?", type=kind, default=default, help=doc)
+        elif typing.get_origin(kind) is list:
             p.add_argument(flag, nargs="*", type=typing.get_args(kind)[0], default=default, help=doc)
         elif kind is bool:
             p.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=doc)
@@ -52,11 +67,10 @@ def field_docs(cls):
     return docs
 
 
-def run(main, cls):
+def run(main, cls, **how):
     """Parse, run, and turn a ValueError (bad input) into one line and exit code 2. DEBUG=1 shows where it came from."""
-    cfg = parse(cls)
     try:
-        main(cfg)
+        main(parse(cls, **how))
     except ValueError as e:
         if os.environ.get("DEBUG"):
             raise
@@ -138,6 +152,34 @@ def gather(x):
     return torch.cat(out)
 
 
+def barrier():
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def distribute(net, full):
+    """What to call in an update, so that gradients are averaged over the ranks: DDP around an adapter's net; a net that learns whole is
+    sharded (FSDP2), in place. Each rank then holds its part of weights, gradients and optimiser state, and a block's whole weights only while it runs.
+    """
+    if not dist.is_initialized():
+        return net
+    if not full:
+        return DDP(net, broadcast_buffers=False)
+    bfloat16 = torch.bfloat16 if net.pos_embed.device.type == "cuda" else None
+    policy = MixedPrecisionPolicy(param_dtype=bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)      # x and t stay float32
+    mesh = dist.init_device_mesh(net.pos_embed.device.type, (dist.get_world_size(),))
+    for module in [*net.joint_blocks, net]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    return net
+
+
+def clip(params, most=1.0):
+    """Clip the norm of the gradients of all params together; returns what it was."""
+    norm = torch.nn.utils.clip_grad_norm_(params, most)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
 def compile_blocks(net):
     """torch.compile block by block, in place: parameter names stay, and what is alike is compiled once (20 s to minutes before the first step)."""
     torch._dynamo.config.recompile_limit = 64      # one graph for each kind of block, adapter (none, name, Route) and grad mode
@@ -154,7 +196,7 @@ def share(batch, updates, rank, world):
 
 
 def no_sync(net, skip):
-    """Inside: gradients are not yet averaged over the ranks (if skip, and if net is wrapped in DDP)."""
+    """Inside: gradients are not yet averaged over the ranks (if skip, and if net is wrapped in DDP; a sharded net keeps no whole gradients to wait with)."""
     return net.no_sync() if skip and hasattr(net, "no_sync") else contextlib.nullcontext()
 
 
@@ -196,28 +238,27 @@ def read_pt(path, keys):
     return obj
 
 
-ADAPTER = ("task", "anchor", "base", "r", "alpha", "tensors", "settings")
+# Whole tensors on the CPU of rank 0, however the ranks share them.
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
-def save_adapter(path, **fields):
-    """Write a teacher or a student: plain tensors and containers, with the fields of ADAPTER and any more."""
-    assert not set(ADAPTER) - set(fields)
-    save_atomic(fields, path)
+def weights(net):
+    """What learns in a net, as whole tensors on the CPU, sharded or not: {name: tensor}. Every rank has to ask; without FSDP2 each gets it, with it rank 0."""
+    learn = {name for name, p in net.named_parameters() if p.requires_grad}
+    return {name: x for name, x in dcp.get_model_state_dict(net, options=WHOLE).items() if name in learn}
 
 
-def read_adapter(path, base):
-    """Read what save_adapter wrote. ValueError if it is something else, or belongs to another base (its fingerprint)."""
-    adapter = read_pt(path, ADAPTER)
-    kinds = {"task": str, "anchor": bool, "base": str, "r": int, "alpha": (int, float), "tensors": dict, "settings": dict}
-    for key, kind in kinds.items():
-        if not isinstance(adapter[key], kind):
-            raise ValueError(f"{path}: '{key}' is a {type(adapter[key]).__name__}, expected {kind}")
-    for key, x in adapter["tensors"].items():
-        if not isinstance(x, torch.Tensor) or not x.isfinite().all():
-            raise ValueError(f"{path}: '{key}' is not a tensor of finite numbers")
-    if adapter["base"] != base:
-        raise ValueError(f"{path}: is an adapter of base {adapter['base']}, but --model has fingerprint {base}; an adapter fits the base it was trained on")
-    return adapter
+def save_state(path, net, opt, rank, **fields):
+    """A resumable state: what learns, its optimiser, and the fields. Every rank has to call it; rank 0 writes."""
+    state = {"weights": weights(net), "opt": dcp.get_optimizer_state_dict(net, opt, options=WHOLE), **fields}
+    if rank == 0:
+        save_atomic(state, path)
+
+
+def restore(state, net, opt):
+    """What save_state saved, back in its place on every rank."""
+    dcp.set_model_state_dict(net, state["weights"], options=dcp.StateDictOptions(full_state_dict=True, strict=False))
+    dcp.set_optimizer_state_dict(net, opt, state["opt"], options=dcp.StateDictOptions(full_state_dict=True))
 
 
 def resume(path, settings, base, free=()):

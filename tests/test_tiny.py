@@ -10,7 +10,7 @@ import torch
 
 import rewards
 import tiny
-from model import TinyText
+from tiny import TinyText
 from tiny import C, PROMPTS, S, TAGS, TASKS, corrupt, detect, draw_prompt, draw_word, eval_prompts, faithful, quality, read, render
 
 ALL = {tag: {m["prompt"]: m for split in ("train", "eval") for m in PROMPTS["photo", tag, split]} for tag in TAGS}

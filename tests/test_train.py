@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import adapters
 import eval as evaluation
 import model as models
 import tiny
@@ -32,7 +33,7 @@ def make_teacher(path, task, seed=0, anchor=False, **other):
     torch.manual_seed(seed)
     model.mmdit.add_adapter("t", 4, 8.0)
     tensors = {k: 0.05 * torch.randn_like(v) for k, v in model.mmdit.adapter("t").items()}
-    util.save_adapter(path, **{**dict(task=task, anchor=anchor, base=model.fingerprint, r=4, alpha=8.0, tensors=tensors, settings={}), **other})
+    adapters.save_adapter(path, **{**dict(task=task, anchor=anchor, base=model.fingerprint, r=4, alpha=8.0, tensors=tensors, settings={}), **other})
     return str(path)
 
 
@@ -340,7 +341,7 @@ BAD = [
     (train_opd, dict(teachers=["good.pt"], noisy=[2, 9]), "--noisy"),
     (train_opd, dict(teachers=["nan.pt"]), "nan.pt: .*not a tensor of finite numbers"),
     (train_opd, dict(teachers=["good.pt"], model="nowhere.safetensors"), "nowhere.safetensors"),
-    (train_opd, dict(teachers=["good.pt"], model="text.pt"), "expected a safetensors model file"),
+    (train_opd, dict(teachers=["good.pt"], model="text.pt"), "expected a safetensors file"),
     (train_grpo, dict(tasks=["dance"]), "--tasks dance: unknown task"),
     (train_grpo, dict(tasks=[]), "at least one"),
     (train_grpo, dict(tasks=["ocr"], reward=["beauty"]), "got 'beauty'"),

@@ -1,0 +1,271 @@
+"""
+Checkpoints: every form in which a teacher or a student is read, and in which it is handed on.
+
+    python adapters.py runs/opd/student.pt --to peft --out student-peft                          # a PEFT folder
+    python adapters.py runs/opd/student.pt --to diffusers --out student-lora.safetensors         # pipeline.load_lora_weights(...)
+    python adapters.py runs/opd/student.pt --to merged --out student.safetensors                 # a whole model, native layout (ComfyUI, Stability's code)
+    python adapters.py DIR --task ocr --model stable-diffusion-3.5-medium --to pt --out ckpt/ocr.pt
+
+| form | what it is | knows its base |
+|---|---|---|
+| FILE.pt | an adapter as train_grpo.py and train_opd.py write it: plain tensors, task, settings | yes |
+| a folder | a PEFT adapter: adapter_model.safetensors + adapter_config.json, as released by Flow-GRPO and Flow-OPD | no |
+| FILE.safetensors with lora_A, lora_B | the single file of diffusers' load_lora_weights | no |
+| FILE.safetensors with a transformer | a fine-tuned or merged whole, in Stability's native layout | - |
+
+Wherever a checkpoint is asked for (--teachers, --ckpts) each of them will do; TASK=PATH names the task of one that does not know it.
+
+The transformer's q, k and v are one matrix here and three in diffusers; our adapters keep three pairs of factors beside the one matrix, so nothing is lost either
+way. In a merged file W + scale * B A is computed in float32 and rounded to the file's dtype: that is the one step that is not exact.
+"""
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import model as models
+import util
+
+# ------------------------------------------------------------------ our own form
+
+FIELDS = {"task": str, "anchor": bool, "base": str, "r": int, "alpha": (int, float), "tensors": dict, "settings": dict}
+
+
+def save_adapter(path, rank=0, **fields):
+    """Write a teacher or a student: plain tensors and containers, with FIELDS and any more. Only rank 0 writes. Returns the path."""
+    assert not set(FIELDS) - set(fields)
+    if rank == 0:
+        util.save_atomic(fields, path)
+    return Path(path)
+
+
+def read_adapter(path, base):
+    """Read what save_adapter wrote. ValueError if it is something else, or belongs to another base (its fingerprint)."""
+    adapter = util.read_pt(path, FIELDS)
+    for key, kind in FIELDS.items():
+        if not isinstance(adapter[key], kind):
+            raise ValueError(f"{path}: '{key}' is a {type(adapter[key]).__name__}, expected {kind}")
+    finite(adapter["tensors"], path)
+    if adapter["base"] != base:
+        raise ValueError(f"{path}: is an adapter of base {adapter['base']}, but --model has fingerprint {base}; an adapter fits the base it was trained on")
+    return adapter
+
+
+def finite(tensors, path):
+    for key, x in tensors.items():
+        if not isinstance(x, torch.Tensor) or not x.isfinite().all():
+            raise ValueError(f"{path}: '{key}' is not a tensor of finite numbers")
+
+
+# ------------------------------------------------------------------ diffusers' names, PEFT's folder
+
+THEIRS = {"x_block.attn.qkv": ("to_q", "to_k", "to_v"), "x_block.attn.proj": ("to_out.0",),
+          "context_block.attn.qkv": ("add_q_proj", "add_k_proj", "add_v_proj"), "context_block.attn.proj": ("to_add_out",)}
+TARGETS = sorted(f"attn.{name}" for names in THEIRS.values() for name in names)
+# What a PEFT config may hold and the product B A does not depend on; of everything else only "off" is accepted.
+NEUTRAL = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha", "use_rslora",
+           "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
+
+
+def their_modules(layer):
+    """"joint_blocks.3.x_block.attn.qkv" -> ["transformer_blocks.3.attn.to_q", "....to_k", "....to_v"]."""
+    _, block, part = layer.split(".", 2)
+    return [f"transformer_blocks.{block}.attn.{name}" for name in THEIRS[part]]
+
+
+def to_diffusers(tensors):
+    """Ours {layer.A (n, r, D), layer.B (n, D, r)} -> theirs {module.lora_A.weight (r, D), module.lora_B.weight (D, r)}."""
+    out = {}
+    for key, x in tensors.items():
+        layer, factor = key.rsplit(".", 1)
+        for module, part in zip(their_modules(layer), x):
+            out[f"{module}.lora_{factor}.weight"] = part.contiguous()
+    return out
+
+
+def from_diffusers(theirs, net, r, path):
+    """The way back. ValueError names a module this adapter should have and has not, or should not have."""
+    ours, left = {}, dict(theirs)
+    for layer, m in net.lora_layers().items():
+        for factor, shape in (("A", (r, m.in_features)), ("B", (m.in_features, r))):
+            parts = [left.pop(f"{module}.lora_{factor}.weight", None) for module in their_modules(layer)]
+            for module, part in zip(their_modules(layer), parts):
+                if part is None or tuple(part.shape) != shape:
+                    raise ValueError(f"{path}: '{module}.lora_{factor}.weight' is {'missing' if part is None else tuple(part.shape)}, expected {shape}: an adapter of "
+                                     f"rank {r} on {', '.join(TARGETS)} of every block, as Flow-GRPO trains")
+            ours[f"{layer}.{factor}"] = torch.stack(parts).float()
+    if left:
+        raise ValueError(f"{path}: '{sorted(left)[0]}' is not one of the layers that carry adapters here ({', '.join(TARGETS)})")
+    finite(ours, path)
+    return ours
+
+
+def read_peft(folder, net):
+    """A PEFT folder -> tensors, r, alpha (with our scale alpha / r, whichever way PEFT scales)."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        r, alpha = config["r"], config["lora_alpha"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{folder}/adapter_config.json: expected a PEFT adapter's config: {type(e).__name__} {e}") from None
+    if config.get("peft_type") != "LORA" or not (isinstance(r, int) and r > 0 and isinstance(alpha, (int, float))):
+        raise ValueError(f"{folder}/adapter_config.json: peft_type {config.get('peft_type')}, r {r}, lora_alpha {alpha}; expected LORA and two numbers")
+    for key, value in config.items():
+        off = value in (None, False, "none") or value in ({}, []) or key == "init_lora_weights" and value in (True, "gaussian", "orthogonal")
+        if key not in NEUTRAL and not off:
+            raise ValueError(f"{folder}/adapter_config.json: {key} is {value!r}, which changes what the adapter computes; only plain LoRA is read here")
+    theirs = read_tensors(folder / "adapter_model.safetensors")
+    tensors = from_diffusers({k.removeprefix("base_model.model."): x for k, x in theirs.items()}, net, r, folder)
+    return {"tensors": tensors, "r": r, "alpha": alpha * r ** 0.5 if config.get("use_rslora") else alpha}      # rsLoRA's scale is alpha / sqrt(r)
+
+
+def write_peft(folder, adapter, base_name):
+    """adapter_model.safetensors + adapter_config.json, for peft.PeftModel.from_pretrained(transformer, folder)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{k}": x for k, x in to_diffusers(adapter["tensors"]).items()}, {"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_name, "r": adapter["r"], "lora_alpha": adapter["alpha"], "lora_dropout": 0.0,
+              "target_modules": TARGETS, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": "gaussian", "inference_mode": True, "use_rslora": False,
+              "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+    tmp = folder / "adapter_config.tmp"
+    tmp.write_text(json.dumps(config, indent=2))
+    os.replace(tmp, folder / "adapter_config.json")
+
+
+def write_diffusers(path, adapter):
+    """The single file that pipeline.load_lora_weights takes. The scale is multiplied into B, since a file without metadata means alpha = r."""
+    scaled = {k: x * (adapter["alpha"] / adapter["r"]) if k.endswith(".B") else x for k, x in adapter["tensors"].items()}
+    write_tensors(path, {f"transformer.{k}": x for k, x in to_diffusers(scaled).items()}, {"format": "pt"})
+
+
+def read_diffusers(path, theirs, metadata, net):
+    """Such a file -> tensors, r, alpha. One that says its alpha (in diffusers' metadata) is scaled by it; others mean alpha = r."""
+    theirs = {k.removeprefix("transformer."): x for k, x in theirs.items()}
+    config = {k.removeprefix("transformer."): v for k, v in json.loads(metadata.get("lora_adapter_metadata", "{}")).items()}
+    odd = [k for k in theirs if not k.endswith((".lora_A.weight", ".lora_B.weight"))] + [k for k in ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias") if config.get(k)]
+    if odd:
+        raise ValueError(f"{path}: has '{odd[0]}', which is not read here; expected plain LoRA, named transformer.transformer_blocks.*.attn.*.lora_A.weight")
+    r = next((x.shape[0] for k, x in theirs.items() if k.endswith(".lora_A.weight")), 0)
+    alpha = config.get("lora_alpha", r) * (r ** 0.5 if config.get("use_rslora") else 1)
+    return {"tensors": from_diffusers(theirs, net, r, path), "r": r, "alpha": alpha}
+
+
+# ------------------------------------------------------------------ whole transformers
+
+
+def save_whole(path, changed, source, rank=0, **metadata):
+    """Write a model file like `source` (transformer, VAE and what else is in it), with the transformer's tensors `changed`, in its dtype. Returns the path."""
+    if rank > 0:
+        return Path(path)
+    with models.open_file(source) as f:
+        tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}      # mapped, not read
+    prefix = models.PREFIX["mmdit"] if any(k.startswith(models.PREFIX["mmdit"]) for k in tensors) else ""
+    for k, x in changed.items():
+        tensors[prefix + k] = x.to("cpu", tensors[prefix + k].dtype).contiguous()
+    return write_tensors(path, tensors, {**meta, **{k: str(v) for k, v in metadata.items()}})
+
+
+def merged_weights(net, adapter):
+    """{name: W + alpha / r * B A} of every layer that the adapter changes, in float32: q, k and v into the one matrix."""
+    scale, out = adapter["alpha"] / adapter["r"], {}
+    for layer, m in net.lora_layers().items():
+        A, B = (adapter["tensors"][f"{layer}.{factor}"].to(m.weight.device, torch.float32) for factor in "AB")
+        out[f"{layer}.weight"] = m.weight.float() + scale * (B @ A).flatten(0, 1)                                  # (n D, D)
+    return out
+
+
+@torch.no_grad()
+def average_weights(net, base, teachers):
+    """Make net, a copy of base, the average of the teachers: the mean of their whole weights, be they adapters (W + scale B A) or transformers."""
+    theirs = [dict(teacher["net"].named_parameters()) if "net" in teacher else merged_weights(base, teacher) for teacher in teachers]
+    for name, p in net.named_parameters():
+        p.copy_(sum(w.get(name, p).float() for w in theirs) / len(theirs))
+
+
+# ------------------------------------------------------------------ any form
+
+
+def read_tensors(path):
+    models.open_file(path)           # says so if it is not a whole safetensors file
+    return load_file(path)
+
+
+def write_tensors(path, tensors, metadata):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, tmp, metadata)
+    os.replace(tmp, path)
+    return path
+
+
+def split_label(spec):
+    """"ocr=path/to/it" -> ("ocr", "path/to/it"); without a label ("", path)."""
+    label, equals, path = spec.partition("=")
+    return (label, path) if equals and "/" not in label else ("", spec)
+
+
+def read(path, model, task="", device=None):
+    """A checkpoint in any form -> dict with "task", "anchor" and either "r", "alpha", "tensors" (an adapter of model) or "net" (a whole transformer).
+
+    task: of one that does not know it. ValueError if it is none of the forms, does not fit the model, or knows itself as another task's.
+    """
+    net, unknown = model.mmdit, {"task": task, "anchor": False}
+    if Path(path).is_dir():
+        return {**unknown, **read_peft(path, net)}
+    if Path(path).suffix != ".safetensors":
+        adapter = read_adapter(path, model.fingerprint)
+        if task and task != adapter["task"]:
+            raise ValueError(f"{task}={path}: is called '{task}', but was trained on '{adapter['task']}'")
+        return adapter
+    with models.open_file(path) as f:
+        names, metadata = list(f.keys()), f.metadata() or {}
+    if any(".lora_" in k for k in names):
+        return {**unknown, **read_diffusers(path, read_tensors(path), metadata, net)}
+    weight = net.context_embedder.weight
+    whole = models.load_mmdit(path, device or weight.device, weight.dtype)
+    if whole.cfg != net.cfg:
+        raise ValueError(f"{path}: is a transformer of another shape ({whole.cfg}), expected that of --model ({net.cfg})")
+    return {"task": task or metadata.get("task", ""), "anchor": metadata.get("anchor") == "True", "net": whole}
+
+
+# ------------------------------------------------------------------ command line
+
+
+@dataclass
+class Config:
+    ckpt: str = ""                                                       # what to convert, in any form
+    to: Literal["pt", "peft", "diffusers", "merged"] = "peft"            # into what
+    out: str = ""                                                        # where to
+    model: str = "ckpt/tiny.safetensors"                                 # the base
+    task: str = ""                                                       # what it was trained on, for a form that does not know (with --to pt)
+    anchor: bool = False                                                 # mark it as the quality teacher (with --to pt)
+
+
+def main(cfg):
+    if not cfg.out or not cfg.ckpt:
+        raise ValueError("expected a checkpoint and where to write: python adapters.py CKPT --to peft --out DIR")
+    model = models.load(cfg.model, dtype=torch.float32 if models.world_name(cfg.model) == "tiny" else torch.bfloat16)
+    ckpt = read(cfg.ckpt, model, cfg.task)
+    if cfg.to == "merged":
+        changed = ckpt["net"].state_dict() if "net" in ckpt else merged_weights(model.mmdit, ckpt)
+        save_whole(cfg.out, changed, model.file, task=ckpt["task"])
+    elif "net" in ckpt:
+        raise ValueError(f"{cfg.ckpt}: is a whole transformer, which no adapter equals; expected --to merged")
+    elif cfg.to == "pt":
+        if not ckpt["task"]:
+            raise ValueError(f"{cfg.ckpt}: does not say what it was trained on; expected --task TASK")
+        save_adapter(cfg.out, **{"base": model.fingerprint, "settings": {"from": cfg.ckpt}, **ckpt, "anchor": cfg.anchor or ckpt["anchor"]})
+    elif cfg.to == "peft":
+        write_peft(cfg.out, ckpt, cfg.model)
+    else:
+        write_diffusers(cfg.out, ckpt)
+    print(f"wrote {cfg.out}")
+
+
+if __name__ == "__main__":
+    util.run(main, Config, positional="ckpt")
