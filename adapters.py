@@ -118,7 +118,8 @@ def read_peft(folder, net):
         off = value in (None, False, "none") or value in ({}, []) or key == "init_lora_weights" and value in (True, "gaussian", "orthogonal")
         if key not in NEUTRAL and not off:
             raise ValueError(f"{folder}/adapter_config.json: {key} is {value!r}, which changes what the adapter computes; only plain LoRA is read here")
-    theirs = read_tensors(folder / "adapter_model.safetensors")
+    models.open_file(folder / "adapter_model.safetensors")               # says so if it is not a whole one
+    theirs = load_file(folder / "adapter_model.safetensors")
     tensors = from_diffusers({k.removeprefix("base_model.model."): x for k, x in theirs.items()}, net, r, folder)
     return {"tensors": tensors, "r": r, "alpha": alpha * r ** 0.5 if config.get("use_rslora") else alpha}      # rsLoRA's scale is alpha / sqrt(r)
 
@@ -189,11 +190,6 @@ def average_weights(net, base, teachers):
 # ------------------------------------------------------------------ any form
 
 
-def read_tensors(path):
-    models.open_file(path)           # says so if it is not a whole safetensors file
-    return load_file(path)
-
-
 def write_tensors(path, tensors, metadata):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,25 +205,25 @@ def split_label(spec):
     return (label, path) if equals and "/" not in label else ("", spec)
 
 
-def read(path, model, task="", device=None):
-    """A checkpoint in any form -> dict with "task", "anchor" and either "r", "alpha", "tensors" (an adapter of model) or "net" (a whole transformer).
+def read(path, net, task=""):
+    """A checkpoint in any form -> dict with "task", "anchor" and either "r", "alpha", "tensors" (an adapter of net) or "net" (a whole transformer).
 
-    task: of one that does not know it. ValueError if it is none of the forms, does not fit the model, or knows itself as another task's.
+    net: the base; task: of one that does not know it. ValueError if it is none of the forms, does not fit the base, or knows itself as another task's.
     """
-    net, unknown = model.mmdit, {"task": task, "anchor": False}
+    unknown = {"task": task, "anchor": False}
     if Path(path).is_dir():
         return {**unknown, **read_peft(path, net)}
     if Path(path).suffix != ".safetensors":
-        adapter = read_adapter(path, model.fingerprint)
+        adapter = read_adapter(path, net.fingerprint)
         if task and task != adapter["task"]:
             raise ValueError(f"{task}={path}: is called '{task}', but was trained on '{adapter['task']}'")
         return adapter
     with models.open_file(path) as f:
         names, metadata = list(f.keys()), f.metadata() or {}
     if any(".lora_" in k for k in names):
-        return {**unknown, **read_diffusers(path, read_tensors(path), metadata, net)}
+        return {**unknown, **read_diffusers(path, load_file(path), metadata, net)}
     weight = net.context_embedder.weight
-    whole = models.load_mmdit(path, device or weight.device, weight.dtype)
+    whole = models.load_mmdit(path, weight.device, weight.dtype)
     if whole.cfg != net.cfg:
         raise ValueError(f"{path}: is a transformer of another shape ({whole.cfg}), expected that of --model ({net.cfg})")
     return {"task": task or metadata.get("task", ""), "anchor": metadata.get("anchor") == "True", "net": whole}
@@ -241,7 +237,7 @@ class Config:
     ckpt: str = ""                                                       # what to convert, in any form
     to: Literal["pt", "peft", "diffusers", "merged"] = "peft"            # into what
     out: str = ""                                                        # where to
-    model: str = "ckpt/tiny.safetensors"                                 # the base
+    model: str = "ckpt/tiny.safetensors"                                 # the base: a file, SD3.5's folder, or its hub name
     task: str = ""                                                       # what it was trained on, for a form that does not know (with --to pt)
     anchor: bool = False                                                 # mark it as the quality teacher (with --to pt)
 
@@ -249,17 +245,17 @@ class Config:
 def main(cfg):
     if not cfg.out or not cfg.ckpt:
         raise ValueError("expected a checkpoint and where to write: python adapters.py CKPT --to peft --out DIR")
-    model = models.load(cfg.model, dtype=torch.float32 if models.world_name(cfg.model) == "tiny" else torch.bfloat16)
-    ckpt = read(cfg.ckpt, model, cfg.task)
+    file = models.find(cfg.model)
+    net = models.load_mmdit(file, dtype=None)
+    ckpt = read(cfg.ckpt, net, cfg.task)
     if cfg.to == "merged":
-        changed = ckpt["net"].state_dict() if "net" in ckpt else merged_weights(model.mmdit, ckpt)
-        save_whole(cfg.out, changed, model.file, task=ckpt["task"])
+        save_whole(cfg.out, ckpt["net"].state_dict() if "net" in ckpt else merged_weights(net, ckpt), file, task=ckpt["task"])
     elif "net" in ckpt:
         raise ValueError(f"{cfg.ckpt}: is a whole transformer, which no adapter equals; expected --to merged")
     elif cfg.to == "pt":
         if not ckpt["task"]:
             raise ValueError(f"{cfg.ckpt}: does not say what it was trained on; expected --task TASK")
-        save_adapter(cfg.out, **{"base": model.fingerprint, "settings": {"from": cfg.ckpt}, **ckpt, "anchor": cfg.anchor or ckpt["anchor"]})
+        save_adapter(cfg.out, **{"base": net.fingerprint, "settings": {"from": cfg.ckpt}, **ckpt, "anchor": cfg.anchor or ckpt["anchor"]})
     elif cfg.to == "peft":
         write_peft(cfg.out, ckpt, cfg.model)
     else:

@@ -69,7 +69,7 @@ def read_models(cfg, model):
             raise ValueError(f"--ckpts {spec}: a second model called '{label}'; write LABEL={path}")
         found[label] = (model.mmdit, None)
         if path != "base":
-            ckpt = adapters.read(path, model)
+            ckpt = adapters.read(path, model.mmdit)
             found[label] = (ckpt["net"], None) if "net" in ckpt else (model.mmdit, f"m{(many := many + 1)}")
             if "net" not in ckpt:
                 model.mmdit.add_adapter(found[label][1], ckpt["r"], ckpt["alpha"], ckpt["tensors"])

@@ -499,7 +499,7 @@ def load_part(path, part, build, marker, device="cpu", dtype=torch.float32):
 
     build: {name: shape} -> the module; marker: the start of a name that shows the part is there at all. The module is made without memory and then
     given the file's tensors one by one, each in its final dtype and on its device, so that there is never more than about one copy. On the CPU, in
-    the file's own dtype, there is not even that: the tensors are the mapped file. ValueError names the first tensor that does not fit.
+    the file's own dtype (dtype None), there is not even that: the tensors are the mapped file. ValueError names the first tensor that does not fit.
     """
     with open_file(path) as f:
         names = list(f.keys())
@@ -520,7 +520,7 @@ def load_part(path, part, build, marker, device="cpu", dtype=torch.float32):
         with open_file(path) as f:       # opened anew for each, so that the pages of what was copied leave memory
             tensor = f.get_tensor(prefix + k)
         digest.add(k, tensor)
-        tensors[k] = tensor.to(device, dtype)
+        tensors[k] = tensor.to(device, dtype or tensor.dtype)
         del tensor
     module.load_state_dict(tensors, assign=True)
     module.fingerprint = digest.name()
@@ -567,6 +567,24 @@ def world_name(path):
     if Path(path).is_dir() or len(Path(path).parts) == 2 and not Path(path).is_absolute() and not Path(path).suffix == ".safetensors":
         return "sd3"
     raise ValueError(f"--model {path}: expected the tiny world's safetensors file, SD3.5's published folder, or its name on the hub")
+
+
+def find(path):
+    """The safetensors file that --model means: itself, the one in SD3.5's folder, or the hub's, fetched with its text encoders. ValueError if there is none."""
+    folder = Path(path)
+    if world_name(path) == "tiny":
+        return folder
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        try:
+            folder = Path(snapshot_download(str(path), allow_patterns=["sd3*.safetensors", "text_encoder*/*", "tokenizer*/*"],
+                                            ignore_patterns=["text_encoders/*", "*_incl_*", "*.fp16*"]))
+        except Exception as e:      # whatever the hub client raises: no network, no such model, licence not accepted
+            raise ValueError(f"--model {path}: is no folder here, and the hub did not give it: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+    files = sorted(f for f in folder.glob("sd3*.safetensors") if "_incl_" not in f.name)
+    if len(files) != 1:
+        raise ValueError(f"{folder}: has {', '.join(f.name for f in files) or 'no sd3*.safetensors'}, expected one file with transformer and VAE, e.g. sd3.5_medium.safetensors")
+    return files[0]
 
 
 def load(path, device="cpu", dtype=torch.float32, size=None, t5=None):

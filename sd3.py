@@ -25,8 +25,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 from transformers.utils import logging
 
-import util
-from model import Model, load_mmdit, load_vae
+from model import Model, find, load_mmdit, load_vae
 
 CLIP_TOKENS = 77
 CACHE = Path("runs/text")             # embeddings of prompts: 1.4 MB each with 128 T5 tokens, 2.4 MB with 256
@@ -34,26 +33,10 @@ CACHE = Path("runs/text")             # embeddings of prompts: 1.4 MB each with 
 # ------------------------------------------------------------------ the folder
 
 
-def find(path):
-    """(folder, safetensors file) of a local snapshot, or of a hub name. ValueError if it is not there."""
-    folder = Path(path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        try:
-            folder = Path(snapshot_download(str(path), allow_patterns=["sd3*.safetensors", "text_encoder*/*", "tokenizer*/*"],
-                                            ignore_patterns=["text_encoders/*", "*_incl_*", "*.fp16*"]))
-        except Exception as e:      # whatever the hub client raises: no network, no such model, no licence accepted
-            raise ValueError(f"--model {path}: is no folder here, and the hub did not give it: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
-    files = sorted(f for f in folder.glob("sd3*.safetensors") if "_incl_" not in f.name)
-    if len(files) != 1:
-        raise ValueError(f"{folder}: has {', '.join(f.name for f in files) or 'no sd3*.safetensors'}, expected one file with transformer and VAE, e.g. sd3.5_medium.safetensors")
-    return folder, files[0]
-
-
 def load(path, device="cpu", dtype=torch.float32, size=None, t5=None):
     """SD3.5 by its folder. dtype: of the transformer and text encoders (the VAE is float32, as in Flow-GRPO); size: 512 px unless given."""
-    folder, file = find(path)
-    size, text = size or 512, SD3Text(folder, t5 or "128", device, dtype)      # the cheap checks first
+    file = find(path)
+    size, text = size or 512, SD3Text(file.parent, t5 or "128", device, dtype)      # the cheap checks first
     mmdit, vae = load_mmdit(file, device, dtype), load_vae(file, device)
     unit, most = vae.factor * mmdit.cfg.patch, vae.factor * mmdit.cfg.patch * mmdit.cfg.pos_max
     if size % unit or not 0 < size <= most:

@@ -95,7 +95,7 @@ def read_teachers(cfg, model, world):
     teachers, source = {}, {}
     for spec in cfg.teachers:
         label, path = adapters.split_label(spec)
-        teacher = adapters.read(path, model, label)
+        teacher = adapters.read(path, model.mmdit, label)
         task = teacher["task"]
         if task not in world.TASKS:
             raise ValueError(f"{spec}: is trained on '{task}', expected one of {', '.join(world.TASKS)}, to which prompts can be routed" + "; say TASK=PATH" * (not task))
