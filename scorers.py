@@ -36,7 +36,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).reshape(3, 1, 1)  # openai/CLIP clip/clip.py
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).reshape(3, 1, 1)
 
@@ -128,34 +127,48 @@ def check_pairs(images, prompts):
         raise ValueError(f"scorer: got {len(prompts)} prompts for {len(images)} images, expected a list with one prompt an image")
 
 
-def clip_pixels(images, size, resample=BICUBIC, crop=math.floor):
-    """CLIP's input (N, 3, size, size): shortest side to size, centre crop, normalise.
+def normalize(pixels):
+    """(N, 3, H, W) in [0, 1] -> as CLIP and all that is built on it want it."""
+    return (pixels - CLIP_MEAN) / CLIP_STD
+
+
+def shortest_to(size, h, w):
+    """(height, width) of an image whose shortest side becomes size; the other is rounded down, as transformers and torchvision do."""
+    return size * h // min(h, w), size * w // min(h, w)
+
+
+def clip_pixels(images, size, crop=math.floor):
+    """CLIP's input (N, 3, size, size): shortest side to size by Pillow's bicubic, in grey levels; centre crop; normalise.
 
     crop rounds half a pixel: transformers' processor takes the floor, torchvision's CenterCrop rounds to even.
     """
     arrays = to_uint8(images)
-    h, w = arrays.shape[1:3]
-    height, width = size * h // min(h, w), size * w // min(h, w)
+    height, width = shortest_to(size, *arrays.shape[1:3])
     top, left = crop((height - size) / 2), crop((width - size) / 2)
     box = (left, top, left + size, top + size)
-    pixels = np.stack([np.asarray(Image.fromarray(array).resize((width, height), resample).crop(box)) for array in arrays])
-    return (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - CLIP_MEAN) / CLIP_STD
+    pixels = np.stack([np.asarray(Image.fromarray(a).resize((width, height), Image.Resampling.BICUBIC).crop(box)) for a in arrays])
+    return normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
+
+
+def resize_floats(images, height, width, mode):
+    """(N, 3, height, width) float, not rounded and not clipped, as torchvision resizes tensors: smoothed first by default since 0.17."""
+    pixels = torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2) / 255
+    return F.interpolate(pixels, (height, width), mode=mode, antialias=True) if pixels.shape[2:] != (height, width) else pixels
+
+
+def clipscore_pixels(images, size):
+    """flow_grpo's CLIPScore's input (N, 3, size, size): as CLIP's, but bilinear (torchvision's default) and on floats (flow_grpo/clip_scorer.py)."""
+    height, width = shortest_to(size, *images.shape[2:])
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return normalize(resize_floats(images, height, width, "bilinear")[:, :, top:top + size, left:left + size])
 
 
 def hps_pixels(images, size):
-    """HPSv2's input (N, 3, size, size): LONGEST side to size, black bars, normalise (hpsv2/src/open_clip/transform.py, ResizeMaxSize).
-
-    Resized as floats, so that the bicubic overshoots at edges are not clipped. antialias is torchvision's default since 0.17; before, tensors
-    were resized without.
-    """
-    pixels = torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2) / 255
-    scale = size / max(pixels.shape[2:])
-    height, width = (round(side * scale) for side in pixels.shape[2:])
-    if scale != 1:
-        pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+    """HPSv2's input (N, 3, size, size): LONGEST side to size, on floats, black bars (hpsv2/src/open_clip/transform.py, ResizeMaxSize)."""
+    scale = size / max(images.shape[2:])
+    height, width = (round(side * scale) for side in images.shape[2:])
     left, top = (size - width) // 2, (size - height) // 2
-    pixels = F.pad(pixels, (left, size - width - left, top, size - height - top))
-    return (pixels - CLIP_MEAN) / CLIP_STD
+    return normalize(F.pad(resize_floats(images, height, width, "bicubic"), (left, size - width - left, top, size - height - top)))
 
 
 def clip_tokenizer(repo):
@@ -199,34 +212,32 @@ def cosine(net, pixels, ids):
 
 
 class ClipLogit:
-    """logit scale * cosine of a CLIP that transformers has."""
+    """logit scale * cosine of a CLIP that transformers has. pixels: the pre-processing."""
 
-    def __init__(self, repo, tokenizer_repo, device, dtype, resample, crop):
+    def __init__(self, repo, tokenizer_repo, pixels, device, dtype):
         from transformers import CLIPModel
         net = pretrained(CLIPModel, weights(repo, "config.json", "model.safetensors"))
         self.scale = net.logit_scale.exp().item()  # before half precision rounds the logarithm: 2e-3 there is 2e-3 of the score
-        self.net, self.tokenizer = net.to(device, dtype), clip_tokenizer(tokenizer_repo)
-        self.resample, self.crop = resample, crop
+        self.net, self.tokenizer, self.pixels = net.to(device, dtype), clip_tokenizer(tokenizer_repo), pixels
 
     @torch.no_grad()
     def __call__(self, images, prompts):
         check_pairs(images, prompts)
-        pixels = clip_pixels(images, self.net.config.vision_config.image_size, self.resample, self.crop)
-        return self.scale * cosine(self.net, pixels, clip_tokens(self.tokenizer, prompts))
+        return self.scale * cosine(self.net, self.pixels(images, self.net.config.vision_config.image_size), clip_tokens(self.tokenizer, prompts))
 
 
 class PickScore(ClipLogit):
-    """CLIP-H fine-tuned on Pick-a-Pic, pre-processed as transformers does (yuvalkirstain/PickScore README)."""
+    """CLIP-H fine-tuned on Pick-a-Pic (yuvalkirstain/PickScore README)."""
 
     def __init__(self, device, dtype):
-        super().__init__("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", device, dtype, BICUBIC, math.floor)
+        super().__init__("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", clip_pixels, device, dtype)
 
 
 class CLIPScore(ClipLogit):
-    """CLIP ViT-L/14. Resized bilinearly as flow_grpo/clip_scorer.py does (torchvision's default), though CLIP itself is bicubic."""
+    """CLIP ViT-L/14 as it is (flow_grpo/clip_scorer.py)."""
 
     def __init__(self, device, dtype):
-        super().__init__("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14", device, dtype, BILINEAR, round)
+        super().__init__("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14", clipscore_pixels, device, dtype)
 
 
 class Aesthetic:
