@@ -150,25 +150,31 @@ def clip_pixels(images, size, crop=math.floor):
     return normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
 
 
-def resize_floats(images, height, width, mode):
-    """(N, 3, height, width) float, not rounded and not clipped, as torchvision resizes tensors: smoothed first by default since 0.17."""
-    pixels = torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2) / 255
+def as_floats(images):
+    """The same grey levels as a saved PNG's, as ToTensor gives them: (N, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2) / 255
+
+
+def resize_floats(pixels, height, width, mode):
+    """As torchvision resizes tensors, smoothed first by default since 0.17; what overshoots [0, 1] stays."""
     return F.interpolate(pixels, (height, width), mode=mode, antialias=True) if pixels.shape[2:] != (height, width) else pixels
 
 
 def clipscore_pixels(images, size):
     """flow_grpo's CLIPScore's input (N, 3, size, size): as CLIP's, but bilinear (torchvision's default) and on floats (flow_grpo/clip_scorer.py)."""
-    height, width = shortest_to(size, *images.shape[2:])
+    pixels = as_floats(images)
+    height, width = shortest_to(size, *pixels.shape[2:])
     top, left = round((height - size) / 2), round((width - size) / 2)
-    return normalize(resize_floats(images, height, width, "bilinear")[:, :, top:top + size, left:left + size])
+    return normalize(resize_floats(pixels, height, width, "bilinear")[:, :, top:top + size, left:left + size])
 
 
 def hps_pixels(images, size):
     """HPSv2's input (N, 3, size, size): LONGEST side to size, on floats, black bars (hpsv2/src/open_clip/transform.py, ResizeMaxSize)."""
-    scale = size / max(images.shape[2:])
-    height, width = (round(side * scale) for side in images.shape[2:])
+    pixels = as_floats(images)
+    scale = size / max(pixels.shape[2:])
+    height, width = (round(side * scale) for side in pixels.shape[2:])
     left, top = (size - width) // 2, (size - height) // 2
-    return normalize(F.pad(resize_floats(images, height, width, "bicubic"), (left, size - width - left, top, size - height - top)))
+    return normalize(F.pad(resize_floats(pixels, height, width, "bicubic"), (left, size - width - left, top, size - height - top)))
 
 
 def clip_tokenizer(repo):
@@ -505,13 +511,14 @@ class VLMJudge:
 
     def parse(self, text):
         """The score in a completion. A ValueError says what was there instead."""
+        answer = text
         try:
-            content = json.loads(text)["choices"][0]["message"]["content"]
-            score = float(re.search(self.answer, content)[1])
+            answer = json.loads(text)["choices"][0]["message"]["content"]
+            score = float(re.search(self.answer, answer)[1])
         except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"no score in the answer {text[-200:]!r}") from error
+            raise ValueError(f"no score in the answer {str(answer)[-200:]!r}") from error
         if not 1 <= score <= 5:
-            raise ValueError(f"score {score:g} in the answer {text[-200:]!r}")
+            raise ValueError(f"score {score:g} in the answer {answer[-200:]!r}")
         return score
 
 
