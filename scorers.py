@@ -202,8 +202,7 @@ OPEN_CLIP_TABLE = {
 
 def open_clip_clean(prompt):
     """A prompt as OpenCLIP's tokenizer cleans it (hpsv2/src/open_clip/tokenizer.py, basic_clean and whitespace_clean)."""
-    text = unicodedata.normalize("NFC", html.unescape(html.unescape(prompt)).translate(OPEN_CLIP_TABLE))
-    return " ".join(text.split()).lower()
+    return " ".join(html.unescape(html.unescape(prompt)).translate(OPEN_CLIP_TABLE).split()).lower()  # NFC comes with transformers' tokenizer
 
 
 # ------------------------------------------------------------------ CLIP and what is built on it
@@ -399,7 +398,7 @@ class ImageReward:
             "text": pretrained(BlipTextModel, path, text_config, text, add_pooling_layer=False).to(dtype),
             "head": score_head(head, path)}).to(device)  # the head stays float32, as in the original
         self.tokenizer = BertTokenizer.from_pretrained(weights("google-bert/bert-base-uncased", "vocab.txt"))
-        self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's own; no prompt is given them
+        self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's own, one token each in a prompt
 
     @torch.no_grad()
     def __call__(self, images, prompts):
