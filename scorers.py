@@ -453,6 +453,9 @@ class VLMJudge:
             raise ValueError(f"judge: got endpoint {endpoint!r}, expected a URL such as http://127.0.0.1:8000/v1")
         self.endpoint, self.model, self.question, self.answer, self.size = endpoint, model, question, answer, size
         self.workers, self.timeout, self.tries, self.pause, self.max_tokens = workers, timeout, tries, pause, max_tokens
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not re.fullmatch(r"[!-~]*", self.key):  # http.client would refuse it, too, and print it
+            raise ValueError("judge: got white space or other than ASCII inside $OPENAI_API_KEY, expected one word; set it anew")
         self.net = nn.Module()  # nothing to move; every scorer has one
 
     def __call__(self, images, prompts):
@@ -499,8 +502,7 @@ class VLMJudge:
         """(status, text) of one request. No proxy is used and no redirection followed: the key goes to this host or nowhere."""
         connect = http.client.HTTPSConnection if self.url.scheme == "https" else http.client.HTTPConnection
         connection = connect(self.url.hostname, self.url.port, timeout=self.timeout)
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         try:
             connection.request("POST", self.url.path + (f"?{self.url.query}" if self.url.query else ""), body, headers)
             response = connection.getresponse()

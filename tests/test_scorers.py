@@ -534,6 +534,8 @@ class Server:
                 if reply is None:
                     server.release.wait(20)
                     return
+                with lock:
+                    server.busy -= 1
                 body = reply[1].encode()
                 self.send_response(reply[0])
                 if reply[0] == 302:
@@ -541,8 +543,6 @@ class Server:
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
-                with lock:
-                    server.busy -= 1
 
             def log_message(self, *args):
                 pass
@@ -550,7 +550,7 @@ class Server:
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self):
         self.release.set()
@@ -664,13 +664,17 @@ def test_judge_backs_off_twice_as_long_each_time(server):
 
 def test_judge_sends_the_key_of_the_environment_and_never_prints_it(server, monkeypatch):
     server.answer = lambda request, n: says("Final Score: 2") if n == 0 else (401, "bad key")
-    asked = judge(server)
-    asked(pictures(1), ["a cat"])
+    judge(server)(pictures(1), ["a cat"])
     assert "Authorization" not in server.headers[0]
     monkeypatch.setenv("OPENAI_API_KEY", "secret-123\n")
     with pytest.raises(ValueError) as error:
-        asked(pictures(1), ["a cat"])
-    assert server.headers[1]["Authorization"] == "Bearer secret-123" and "secret-123" not in str(error.value) + repr(error.value.__cause__)
+        judge(server)(pictures(1), ["a cat"])
+    assert server.headers[1]["Authorization"] == "Bearer secret-123" and "secret" not in str(error.value) + repr(error.value.__cause__)
+    for key in ("secret\n123", "secret 123", "secret’"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(ValueError, match="^judge: got white space .* expected one word") as error:
+            judge(server)
+        assert "secret" not in str(error.value)
 
 
 def test_judge_asks_at_once_and_keeps_the_order(server):
@@ -681,7 +685,7 @@ def test_judge_asks_at_once_and_keeps_the_order(server):
     server.answer = answer
     assert judge(server, workers=8)(pictures(8, 8, 8), [str(i) for i in range(8)]).tolist() == [1 + i / 2 for i in range(8)]
     assert server.most > 2
-    server.most, server.busy = 0, 0
+    server.most = 0
     judge(server, workers=2)(pictures(4, 8, 8), [str(i) for i in range(4)])
     assert server.most == 2
 
