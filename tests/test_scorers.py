@@ -284,7 +284,7 @@ def test_clipscore_is_flow_grpos_before_it_divides(models):
 
 
 @needs_bpe
-def test_half_precision_moves_a_score_by_less_than_a_hundredth(models):
+def test_half_precision_moves_a_score_by_less_than_a_hundredth_of_the_scale(models):
     save_clip(models / "PickScore_v1", "gelu", 1)
     images = pictures(4)
     exact, half = PickScore("cpu", torch.float32), PickScore("cpu", torch.bfloat16)
