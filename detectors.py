@@ -8,7 +8,7 @@
 GenEval's detector is mmdet's Mask2Former (Swin-S, COCO instances), which needs mmdet 2 and a compiled mmcv of 2023. Here it is Meta's
 Mask2Former in transformers, with mmdet's resizing, padding and reading of masks and scores. Where the two may differ:
 - the weights. mmdet trained its own (mask AP 46.1 on COCO val2017); the hub has Meta's (46.3). Same architecture and data, another run.
-- nothing else by design: the benchmark's images are read by cv2 and resized in 8 bits by its fixed point, up to one grey level from here.
+- nothing else by design, but up to one grey level in the resized image, which cv2 computes in fixed point.
 Do not use transformers' post_process_instance_segmentation for this: it reads the masks at 384 x 384 and thresholds before it resizes, so
 boxes and mask scores differ, and its default threshold is 0.5.
 To check yours: generate the benchmark's 553 prompts, 4 images each, with a model of its table (djghosh13/geneval README), score them with
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 
-from scorers import weights
+from scorers import to_uint8, weights
 
 # COCO's 80 classes in the order of the detector's labels, in GenEval's spelling (evaluation/object_names.txt), which the prompt files use
 CLASSES = (
@@ -50,9 +50,9 @@ BATCH = 8                                                     # images in one fo
 # ------------------------------------------------------------------ pixels
 
 
-def to_uint8(images):
-    """(N, 3, H, W) in [0, 1] -> uint8, rounded as the peers do before they hand an image to a scorer."""
-    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+def grey_levels(images):
+    """(N, 3, H, W) in [0, 1] -> uint8 on the CPU, what a saved PNG would hold."""
+    return torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)
 
 
 def to_pil(pixels):
@@ -111,8 +111,8 @@ def check_classes(metas):
     """Raise a ValueError unless every class that a prompt names is one that the detector knows; an unknown one would always score 0."""
     for meta in metas:
         for clause in meta.get("include", []) + meta.get("exclude", []):
-            if clause["class"] not in CLASSES:
-                raise ValueError(f"GenEval prompt {meta.get('prompt')!r}: got class {clause['class']!r}, expected one of COCO's 80 in GenEval's "
+            if clause.get("class") not in CLASSES:
+                raise ValueError(f"GenEval prompt {meta.get('prompt')!r}: got class {clause.get('class')!r}, expected one of COCO's 80 in GenEval's "
                                  "spelling, such as 'computer mouse', 'tv remote', 'computer keyboard' or 'tv' (detectors.CLASSES)")
 
 
@@ -233,14 +233,14 @@ class Detector:
         check_classes(metas)
         found = []
         for i in range(0, len(images), BATCH):
-            found += self.detect(to_uint8(images[i:i + BATCH]), metas[i:i + BATCH])
+            found += self.detect(grey_levels(images[i:i + BATCH]), metas[i:i + BATCH])
         return found
 
     def detect(self, pixels, metas):
         x, resized = detector_input(pixels.to(self.net["detector"].model.device))
         found, crops, wanting = [], [], []  # wanting: the objects that wait for the colour of their crop
         for image, class_logits, mask_logits, meta in zip(pixels, *self.net["detector"](x), metas):
-            threshold = COUNTING_THRESHOLD if meta["tag"] == "counting" else THRESHOLD
+            threshold = COUNTING_THRESHOLD if meta.get("tag") == "counting" else THRESHOLD
             colored = {clause["class"] for clause in meta.get("include", []) if "color" in clause}
             scores, labels, boxes, masks = instances(class_logits, mask_logits, x.shape[-2:], resized, image.shape[-2:], threshold)
             objects = []
@@ -269,7 +269,7 @@ class Detector:
 
 # ------------------------------------------------------------------ PP-OCR: where the lines of text are
 
-# paddleocr 2.9.1 tools/infer/utility.py; min_size is DBPostProcess's, max_candidates and so on too
+# paddleocr 2.9.1 tools/infer/utility.py, and DBPostProcess's own min_size and max_candidates
 DET_MAX_SIDE, DET_THRESHOLD, BOX_SCORE, UNCLIP, MIN_SIZE, MAX_CANDIDATES = 960, 0.3, 0.6, 1.5, 3, 1000
 DET_MEAN, DET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's for RGB, but applied to BGR: PP-OCR was trained so
 REC_HEIGHT, REC_WIDTH, REC_MAX_WIDTH, REC_BATCH = 48, 320, 3200, 16
@@ -374,9 +374,7 @@ def text_boxes(prob, height, width):
         if short < MIN_SIZE or box_score(prob, box) < BOX_SCORE:
             continue
         long = max(np.linalg.norm(box[1] - box[0]), np.linalg.norm(box[2] - box[1]))
-        box, short = smallest_rectangle(box, grow=long * short * UNCLIP / (2 * (long + short)))
-        if short < MIN_SIZE + 2:
-            continue
+        box, _ = smallest_rectangle(box, grow=long * short * UNCLIP / (2 * (long + short)))  # paddle's second check, >= 5, now always holds
         box = np.clip(np.round(box * (width / prob.shape[1], height / prob.shape[0])), 0, (width, height))
         if min(np.linalg.norm(box[1] - box[0]), np.linalg.norm(box[3] - box[0])) > 3:
             boxes.append(box)
@@ -437,10 +435,10 @@ def ctc_decode(index, prob, characters):
 
 
 class Reader:
-    """PP-OCRv5: finds the lines of text of an image and reads them. det, rec: hub names (or folders in $REWARD_MODELS) of any PP-OCR of transformers.
+    """PP-OCRv5: finds the lines of text of an image and reads them. det, rec: hub names of its server models, or of the smaller mobile ones
+    (PaddlePaddle/PP-OCRv5_mobile_det_safetensors, PaddlePaddle/PP-OCRv5_mobile_rec_safetensors).
 
-    The mobile models (PP-OCRv5_mobile_det_safetensors, PP-OCRv5_mobile_rec_safetensors) are some ten times smaller. The characters are
-    "character_list" of rec's preprocessor_config.json, the blank first.
+    The characters are "character_list" of rec's preprocessor_config.json, the blank first.
     """
 
     def __init__(self, device, dtype, det="PaddlePaddle/PP-OCRv5_server_det_safetensors", rec="PaddlePaddle/PP-OCRv5_server_rec_safetensors"):
@@ -450,8 +448,8 @@ class Reader:
         self.net = torch.nn.ModuleDict()
         for part, folder in folders.items():
             name = (json.loads((folder / "config.json").read_text()).get("architectures") or ["none"])[0]
-            if not (name.startswith("PPOCR") and hasattr(transformers, name)):
-                raise ValueError(f"reader: got architecture {name} in {folder}/config.json, expected a PP-OCR model of this transformers "
+            if not (name.startswith("PPOCRV5") and hasattr(transformers, name)):
+                raise ValueError(f"reader: got architecture {name} in {folder}/config.json, expected a PP-OCRv5 model of this transformers "
                                  f"({transformers.__version__}), such as PaddlePaddle/PP-OCRv5_server_{part}_safetensors")
             self.net[part] = pretrained(getattr(transformers, name), folder, dtype).to(device)
         self.characters = json.loads((folders["rec"] / "preprocessor_config.json").read_text()).get("character_list", [])
@@ -465,8 +463,8 @@ class Reader:
         """images (N, 3, H, W) in [0, 1] -> list (N) of str."""
         crops, owners = [], []  # all lines of all images, each image's in reading order
         for i in range(0, len(images), BATCH):
-            pixels = to_uint8(images[i:i + BATCH]).to(self.net["det"].device)
-            probs = self.net["det"](text_detector_input(pixels).to(self.net["det"].dtype)).last_hidden_state[:, 0].float().cpu().numpy()
+            pixels, net = grey_levels(images[i:i + BATCH]), self.net["det"]
+            probs = net(text_detector_input(pixels.to(net.device)).to(net.dtype)).last_hidden_state[:, 0].float().cpu().numpy()
             for j, (prob, p) in enumerate(zip(probs, pixels)):
                 boxes, image = text_boxes(prob, *p.shape[-2:]), to_pil(p)
                 crops += [cut_out(image, boxes[k]) for k in reading_order(boxes)]
