@@ -255,7 +255,8 @@ def tensors_of(folder):
                 shard = safe_open(path, "pt")
                 names, read = shard.keys(), shard.get_tensor
         except Exception as error:  # of the file system, safetensors or the unpickler
-            raise ValueError(f"DeQA weights: got {path}, which cannot be read ({str(error).splitlines()[0]}); download it again") from error
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"DeQA weights: got {path}, which cannot be read ({why}); download it again") from error
         for name in names:
             if name in found:
                 raise ValueError(f"DeQA weights: got {name} in {path.name} and in another file of {folder}, expected the shards of one checkpoint")
@@ -295,5 +296,6 @@ class DeQA:
         head, scores = self.net.lm_head.weight, []
         for part in images.split(self.batch):
             logits = self.net(pixels_of(part, self.net.model.vision_model.image_size).to(head), BEFORE, AFTER)[:, list(LEVELS)]
+            # in float32: half precision, the original's, has steps of 0.002 and more between scores
             scores.append(logits.float().softmax(-1).cpu() @ torch.tensor(list(LEVELS.values()), dtype=torch.float32))
         return torch.cat(scores)

@@ -22,7 +22,7 @@ VALUE = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}
 # small, but with every branch: no two widths, head counts or depths of the three networks are alike, but those that have to be
 CONFIG = {
     "model_type": "mplug_owl2", "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "vocab_size": 32000, "rms_norm_eps": 1e-3, "rope_theta": 100.0, "rope_scaling": None, "hidden_act": "silu",
+    "num_key_value_heads": 4, "vocab_size": 32000, "rms_norm_eps": 0.5, "rope_theta": 100.0, "rope_scaling": None, "hidden_act": "silu",
     "visual_config": {
         "visual_model": {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 56,
                          "patch_size": 14, "layer_norm_eps": 1e-3, "model_type": "mplug_owl_vision_model"},
