@@ -264,4 +264,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    util.run(main, Config, positional="ckpt")
+    util.run(main, Config, positional=("ckpt",))

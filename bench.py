@@ -1,7 +1,7 @@
 """
 What full size costs: SD3.5-Medium with random bfloat16 weights, through the very scripts a user runs. Nothing here needs real weights.
 
-    python bench.py                     # make the model (5.1 GB, once), load it, one guided step, one OPD update; -> results/fullsize-NAME.json
+    python bench.py                     # make the model (5.1 GB, once), load it, one guided step, one OPD update; -> results/fullsize-DEVICE-SIZE.json
     python bench.py --size 512 --device cuda --parts step opd
 
 The transformer and the VAE are of the published size. The text encoders have the published widths but two layers, since they run once a prompt and are
@@ -59,7 +59,7 @@ def make(folder):
     words, pieces = mini_sd3.write_tokenizers(folder)
     for name, width, heads in (("text_encoder", 768, 12), ("text_encoder_2", 1280, 20)):
         config = CLIPTextConfig(vocab_size=words, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2, num_attention_heads=heads, projection_dim=width,
-                                eos_token_id=2)
+                                bos_token_id=0, pad_token_id=1, eos_token_id=2)
         CLIPTextModelWithProjection(config).bfloat16().save_pretrained(folder / name)
     T5EncoderModel(T5Config(vocab_size=pieces, d_model=4096, d_kv=64, d_ff=10240, num_layers=2, num_heads=64, feed_forward_proj="gated-gelu")).bfloat16().save_pretrained(
         folder / "text_encoder_3")

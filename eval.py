@@ -16,6 +16,7 @@ Standard errors are over images. A second table sets the last model beside every
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -28,8 +29,8 @@ from tqdm import tqdm
 import adapters
 import model as models
 import util
-from prompts import world_of
-from rewards import parse_reward, score
+from prompts import read_file, world_of
+from rewards import SCALE, parse_reward, score
 from sampler import draw_noise, encode, sample, schedule
 
 
@@ -37,7 +38,10 @@ from sampler import draw_noise, encode, sample, schedule
 class Config:
     ckpts: list[str] = field(default_factory=lambda: ["base"])           # what to evaluate: "base", paths of adapters, LABEL=path
     model: str = "ckpt/tiny.safetensors"                                 # the base: the tiny world's file, or SD3.5's folder or hub name
-    prompt: list[str] = field(default_factory=list)                      # no evaluation: draw these, one picture each
+    prompt: list[str] = field(default_factory=list)                      # no evaluation: just draw these
+    prompt_file: str = ""                                                # the same, one prompt a line
+    each: int = 1                                                        # pictures of each prompt, for --prompt and --prompt-file
+    layout: Literal["numbers", "compbench"] = "numbers"                  # their names: 0000.png, ... or PROMPT_000000.png, as T2I-CompBench's scorers want
     tasks: list[str] = field(default_factory=list)                       # what to evaluate on (default: all of the model's world)
     prompts: list[str] = field(default_factory=list)                     # TASK=DIR: that folder's prompts (prompts.py) instead of the world's own
     also: list[str] = field(default_factory=lambda: ["quality"])         # rewards to take of every task's images, besides the task's own
@@ -94,7 +98,7 @@ def summarise(scores, metas, world):
         out[task] = [*mean_se(scores[task]), len(metas[task])]
     if "geneval" in scores:
         out["geneval"][:2] = float(np.mean([out[t][0] for t in tags])), math.sqrt(sum(out[t][1] ** 2 for t in tags)) / len(tags)
-    scaled = [[x / world.SCALE.get(t, 1) for x in out[t][:2]] for t in scores]
+    scaled = [[x / SCALE.get(world.SCORE.get(t), 1) for x in out[t][:2]] for t in scores]
     out["average"] = [float(np.mean([m for m, _ in scaled])), math.sqrt(sum(se ** 2 for _, se in scaled)) / len(scores), sum(len(m) for m in metas.values())]
     return out
 
@@ -147,30 +151,40 @@ def picture(shown, path, scale=3):
 
 
 def generate(cfg, model, found, times, autocast, rank, world_size):
-    """--prompt: one picture of each prompt by each model, from the same noise: OUT/MODEL/0000.png, ..., and the prompts in OUT/prompts.txt."""
-    mine = torch.arange(len(cfg.prompt))[rank::world_size]
-    model.text.prepare(cfg.prompt, rank, world_size)
+    """--prompt, --prompt-file: pictures by each model, from the same noise: OUT/MODEL/0000.png, ..., and OUT/prompts.txt (rewards.py takes the two).
+
+    With --layout compbench OUT/MODEL/samples/PROMPT_000000.png, what T2I-CompBench's BLIP-VQA, UniDet and CLIP scorers read.
+    """
+    asked = [*cfg.prompt, *(meta["prompt"] for meta in read_file(cfg.prompt_file, "prompt"))] if cfg.prompt_file else cfg.prompt
+    asked = [prompt for prompt in asked for _ in range(cfg.each)]
+    names = [f"{i:04d}.png" if cfg.layout == "numbers" else f"samples/{prompt}_{i:06d}.png" for i, prompt in enumerate(asked)]
+    for name, prompt in zip(names, asked):
+        if cfg.layout == "compbench" and ("/" in prompt or "_" in prompt or len(name.encode()) > 250):
+            raise ValueError(f"--layout compbench: prompt {prompt!r} cannot be a file's name there: expected no '/' or '_', and at most 230 bytes")
+    mine = torch.arange(len(asked))[rank::world_size]
+    model.text.prepare(asked, rank, world_size)
     util.barrier()
     bar = tqdm(total=len(found) * len(mine), desc="draw", unit="image", disable=rank > 0)
     for label, (net, adapter) in found.items():
-        (folder := Path(cfg.out) / label).mkdir(parents=True, exist_ok=True)
         for i in mine.split(cfg.batch) if len(mine) else ():
-            text = encode(model.text, [cfg.prompt[j] for j in i])
+            text = encode(model.text, [asked[j] for j in i])
             noise = draw_noise([(cfg.seed, "prompt", int(j)) for j in i], 0, model.latent_shape()).to(times.device)
             with torch.no_grad(), autocast:
                 images = model.images(sample(net, noise, times, text, cfg.guidance, adapter))
             for j, image in zip(i, images):
-                Image.fromarray(to_bytes(image)).save(folder / f"{int(j):04d}.png")
+                path = Path(cfg.out) / label / names[j]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(to_bytes(image)).save(path)
             bar.update(len(i))
     bar.close()
     if rank == 0:
-        (Path(cfg.out) / "prompts.txt").write_text("".join(p + "\n" for p in cfg.prompt))
-        print(f"wrote {cfg.out}/{{{','.join(found)}}}/*.png")
+        util.write_atomic(Path(cfg.out) / "prompts.txt", "".join(prompt + "\n" for prompt in asked))
+        print(f"wrote {cfg.out}/{{{','.join(found)}}} and {cfg.out}/prompts.txt")
 
 
 def main(cfg):
     rank, world_size, device = util.setup(cfg.device, cfg.seed)
-    util.positive(cfg, "steps", "batch")
+    util.positive(cfg, "steps", "batch", "each")
     model = models.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5)
     world = world_of(model, cfg.prompts)
     tasks = cfg.tasks or world.TASKS
@@ -179,7 +193,7 @@ def main(cfg):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     if not found:
         raise ValueError("--ckpts: got none, expected at least one model, e.g. --ckpts base ckpt/*.pt")
-    if cfg.prompt:
+    if cfg.prompt or cfg.prompt_file:
         return generate(cfg, model, found, times, autocast, rank, world_size)
     for task in tasks:
         if task not in world.TASKS or tasks.count(task) > 1:
@@ -195,23 +209,23 @@ def main(cfg):
     model.text.prepare([meta["prompt"] for task in tasks for meta in metas[task]], rank, world_size)
     util.barrier()
     per_image, shown = {label: {task: {} for task in tasks} for label in found}, {label: [] for label in found}
+    judge = ThreadPoolExecutor(1)
     bar = tqdm(total=len(found) * len(tasks) * share, desc="eval", unit="image", disable=rank > 0)
     for label, (net, adapter) in found.items():
         for n, task in enumerate(tasks):
-            parts = {name: [] for name in specs[task]}
             wanted = (n + 1) * cfg.rows // len(tasks)
-            for i in torch.tensor(mine).split(cfg.batch):
+            batches, judged = torch.tensor(mine).split(cfg.batch), []
+            for i in batches:
                 batch = [metas[task][j] for j in i]
                 text = encode(model.text, [m["prompt"] for m in batch])
                 noise = draw_noise([(cfg.seed, "eval", task, int(j)) for j in i], 0, model.latent_shape()).to(device)
                 with torch.no_grad(), autocast:
                     latents = sample(net, noise, times, text, cfg.guidance, adapter)
                 images = model.images(latents)
-                scores = score(specs[task], images, batch, world)
-                for name in parts:
-                    parts[name].append(scores[name])
-                shown[label] += [(m["prompt"], image) for m, image in zip(batch, images)][:wanted - len(shown[label])]
+                judged.append(judge.submit(score, specs[task], images, batch, world))      # while the next batch is sampled
+                shown[label] += [(m["prompt"], image.cpu()) for m, image in zip(batch, images)][:wanted - len(shown[label])]
                 bar.update(len(i))
+            parts = {name: [future.result()[name] for future in judged] for name in specs[task]}
             for name, values in parts.items():
                 per_image[label][task][name] = util.gather(torch.from_numpy(np.concatenate(values)).to(device)).cpu().numpy()
     bar.close()

@@ -1,25 +1,51 @@
-"""Rewards: one number for an image, from what a detector, a reader and a quality model say about it.
+"""Rewards: one number for an image. The logic of GenEval and OCR is here, the networks are in scorers.py, detectors.py and deqa.py.
 
-The same logic scores the tiny world and SD3.5. Only the `world` underneath differs, an object with
+    spec = parse_reward("deqa=0.4,pickscore=0.6")
+    total = score(spec, images, metas, world)["total"]                       # (N,): what a policy is trained on
+
+    python rewards.py pickscore IMAGES_DIR prompts.txt                       # score anybody's images -> IMAGES_DIR/pickscore.jsonl and a summary; resumes
+    python rewards.py geneval_benchmark IMAGES_DIR evaluation_metadata.jsonl
+
+| name | what it says | reported | weighed in a sum as |
+|---|---|---|---|
+| geneval, geneval_strict, geneval_benchmark | are the objects, counts, colours and places as the prompt asks (three forms, see geneval_score) | up to 1 | the same |
+| ocr | 1 - edits / length of the text in the prompt's double quotes | 0 to 1 | the same |
+| pickscore, clipscore | preference; agreement with the prompt | about 20 to 24; 25 to 35 | / 26, / 30 |
+| hpsv2, imagereward, aesthetic | preference, preference, looks | about 0.3; -2 to 2; 1 to 10 | the same |
+| deqa | looks, 1 to 5, 16 GB | 1 to 5 | / 5 |
+| unifiedreward, qwenvl | a vision-language model's judgement, asked of an OpenAI-compatible endpoint: $UNIFIEDREWARD_URL, $QWENVL_URL (and ..._MODEL) | 1 to 5 | / 5 |
+| jpeg_compressibility, jpeg_incompressibility | size of the file: no weights, for a first run | -kB, kB | / 500, the same |
+| quality | the tiny world's own | 0 to 1 | the same |
+
+Weights of networks are looked for in $REWARD_MODELS/NAME, then on the hub. They load once a process, at first use, in half precision on a GPU.
+
+GenEval, OCR and quality ask a `world` (tiny.py, sd3.py), which has
     world.detect(images, metas) -> list (N) of lists of objects
     world.read(images)          -> list (N) of str, all the text of an image as one string
     world.quality(images)       -> (N,) array
 An object is a dict {"class": str, "score": confidence, "box": (x0, y0, x1, y1) in pixels, "color": str or None}. A detector
-returns only what it believes in: confidence thresholds and limits a class are its own. metas are the prompts
+returns only what it believes in: confidence thresholds and limits a class are its own. images are (N, 3, H, W) in [0, 1]; metas are the prompts
 with what they ask for, a dict each, in the schema of GenEval's prompt files:
     {"tag", "prompt", "include": [{"class", "count", "color"?, "position"?: [relation, index of an earlier clause]}],
-     "exclude"?: [{"class", "count"}]}            (OCR needs only "prompt")
-
-Usage, by train_grpo.py, train_opd.py and eval.py:
-    spec = parse_reward("geneval=0.5,geneval_strict=0.5")
-    total = score(spec, images, metas, world)["total"]                    # (N,)
+     "exclude"?: [{"class", "count"}]}            (all but GenEval need only "prompt")
 
 Sources: GenEval (arXiv 2310.11513, djghosh13/geneval evaluation/evaluate_images.py); Flow-GRPO (arXiv 2505.05470,
 yifan123/flow_grpo flow_grpo/ocr.py, its training form of GenEval in yifan123/reward-server reward_server/gen_eval.py).
 """
+import importlib
+import json
 import math
+import os
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import util
 
 RELATIONS = ("left of", "right of", "above", "below")
 GENEVAL_FORMS = ("soft", "strict", "benchmark")
@@ -151,17 +177,79 @@ def ocr_reward(images, metas, world):
 
 
 def quality_reward(images, metas, world):
+    if not hasattr(world, "quality"):
+        raise ValueError("reward quality: is the tiny world's own; expected deqa, pickscore, aesthetic, ... for real pictures")
     return np.asarray(world.quality(images), dtype=np.float32)
 
 
-# name -> function (images, metas, world) -> (N,) float32
+# ------------------------------------------------------------------ networks and judges: loaded at first use
+
+
+def judge(name, model):
+    """A vision-language judge of scorers.py, where $NAME_URL says it is."""
+    def make(device, dtype):
+        import scorers
+        url = os.environ.get(f"{name.upper()}_URL")
+        if not url:
+            raise ValueError(f"reward {name}: is asked of an OpenAI-compatible endpoint, but ${name.upper()}_URL is not set, e.g. http://127.0.0.1:8000/v1")
+        how = scorers.UNIFIED_REWARD if name == "unifiedreward" else scorers.QWEN_VL
+        return scorers.VLMJudge(url, os.environ.get(f"{name.upper()}_MODEL", model), **how)
+    return make
+
+
+def network(module, name):
+    return lambda device, dtype: getattr(importlib.import_module(module), name)(device, dtype)
+
+
+# name -> function (device, dtype) that loads it
+SCORERS = {"detector": network("detectors", "Detector"), "reader": network("detectors", "Reader"), "deqa": network("deqa", "DeQA"),
+           "pickscore": network("scorers", "PickScore"), "clipscore": network("scorers", "CLIPScore"), "hpsv2": network("scorers", "HPSv2"),
+           "imagereward": network("scorers", "ImageReward"), "aesthetic": network("scorers", "Aesthetic"),
+           "unifiedreward": judge("unifiedreward", "UnifiedReward-7b-v1.5"), "qwenvl": judge("qwenvl", "Qwen2.5-VL-7B-Instruct")}
+LOADED = {}
+
+
+def scorer(name, device):
+    """The scorer called name, loaded once a process and then kept, on device."""
+    device = torch.device(device)
+    if name not in LOADED:
+        LOADED[name] = SCORERS[name](device, torch.float16 if device.type == "cuda" else torch.float32)
+    LOADED[name].net.to(device)          # free where it is there already
+    return LOADED[name]
+
+
+def offload():
+    """Move all loaded scorers to the CPU, out of the policy's way. Their next use brings them back."""
+    for one in LOADED.values():
+        one.net.to("cpu")
+
+
+def scorer_reward(name):
+    def reward(images, metas, world):
+        return scorer(name, images.device)(images, [meta["prompt"] for meta in metas]).numpy()
+    return reward
+
+
+def jpeg_reward(sign):
+    def reward(images, metas, world):
+        from scorers import jpeg_incompressibility
+        return sign * jpeg_incompressibility(images).numpy()
+    return reward
+
+
+# name -> function (images, metas, world) -> (N,) float32, as the score is reported
 REWARDS = {
     "geneval": geneval_reward("geneval", "soft"),
     "geneval_strict": geneval_reward("geneval_strict", "strict"),
     "geneval_benchmark": geneval_reward("geneval_benchmark", "benchmark"),
     "ocr": ocr_reward,
     "quality": quality_reward,
+    **{name: scorer_reward(name) for name in SCORERS if name not in ("detector", "reader")},
+    "jpeg_compressibility": jpeg_reward(-1),
+    "jpeg_incompressibility": jpeg_reward(1),
 }
+# What a score is divided by in a weighted sum, as the peers do (scorers.py says where), and in the average that eval.py forms.
+SCALE = {"pickscore": 26, "clipscore": 30, "deqa": 5, "unifiedreward": 5, "qwenvl": 5, "jpeg_compressibility": 500}
 
 
 def parse_reward(spec: str) -> dict[str, float]:
@@ -198,7 +286,7 @@ class DetectOnce:
 
 
 def score(spec: dict, images, metas, world) -> dict:
-    """Every reward of spec, {name: weight}, on N images: {name: (N,) float32, ..., "total": their weighted sum, (N,) float32}.
+    """Every reward of spec, {name: weight}, on N images: {name: (N,) float32 as reported, ..., "total": sum of weight * score / SCALE, (N,) float32}.
 
     DEVIATION: flow_grpo gives an image the lowest score when its reader fails. A reward that fails raises here, since a 0 that
     no image has earned would be trained on.
@@ -210,4 +298,81 @@ def score(spec: dict, images, metas, world) -> dict:
             raise ValueError(f"reward {name}: got shape {values.shape}, {np.sum(~np.isfinite(values))} of its values not finite, "
                              f"expected ({len(metas)},) finite numbers")
         parts[name] = values
-    return {**parts, "total": sum(weight * parts[name] for name, weight in spec.items())}
+    return {**parts, "total": sum(weight * parts[name] / SCALE.get(name, 1) for name, weight in spec.items())}
+
+
+# ------------------------------------------------------------------ command line: score a folder
+
+
+@dataclass
+class Config:
+    name: str = ""                    # a reward, or a sum such as deqa=0.4,pickscore=0.6
+    images: str = ""                  # folder of images; sorted by name they go with the prompts, k to each if there are k times as many
+    prompts: str = ""                 # a .txt with one prompt a line, or GenEval's .jsonl
+    world: str = "sd3"                # whose detector and reader: sd3 or tiny
+    out: str = ""                     # default: IMAGES/NAME.jsonl
+    batch: int = 8                    # images at a time
+    device: str = "auto"              # auto, cuda, mps, cpu
+
+
+def read_image(path):
+    """(3, H, W) in [0, 1]."""
+    try:
+        return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) / 255
+    except OSError as e:
+        raise ValueError(f"{path}: is not an image that Pillow reads: {e}") from None
+
+
+def already(path):
+    """The rows that a stopped run has left, by image; a line that was cut short is forgotten."""
+    rows = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+            rows[row["image"]] = row
+        except json.JSONDecodeError:
+            pass
+    return rows
+
+
+def main(cfg):
+    from prompts import read_file      # which imports this file
+    _, _, device = util.setup(cfg.device)
+    if not (cfg.name and cfg.images and cfg.prompts) or cfg.world not in ("sd3", "tiny") or cfg.batch < 1:
+        raise ValueError(f"--world {cfg.world} --batch {cfg.batch}: expected python rewards.py NAME IMAGES_DIR PROMPTS_FILE [--world sd3 or tiny] [--batch at least 1]")
+    spec, world = parse_reward(cfg.name), importlib.import_module(cfg.world)
+    metas = read_file(cfg.prompts, next((task for task in ("geneval", "ocr") if any(task in name for name in spec)), "prompt"))
+    files = sorted(f for f in Path(cfg.images).glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if not files or len(files) % len(metas):
+        raise ValueError(f"{cfg.images}: has {len(files)} images for the {len(metas)} prompts of {cfg.prompts}; expected as many, or a whole multiple")
+    each, out = len(files) // len(metas), Path(cfg.out or Path(cfg.images) / f"{cfg.name}.jsonl")
+    rows = already(out)
+    todo = [(file, metas[i // each]) for i, file in enumerate(files) if rows.get(file.name, {}).get("prompt") != metas[i // each]["prompt"]]
+    if todo:                           # what is kept is written back whole, without a half line at its end
+        util.write_atomic(out, "".join(json.dumps(row) + "\n" for row in rows.values()))
+    bar = tqdm(total=len(files), initial=len(files) - len(todo), desc=cfg.name, unit="image")
+    for chunk in (todo[i:i + cfg.batch] for i in range(0, len(todo), cfg.batch)):
+        pairs = [(read_image(file), file, meta) for file, meta in chunk]
+        for _, same in groupby(pairs, key=lambda pair: pair[0].shape):
+            images, names, part = zip(*same)
+            scores = score(spec, torch.stack(images).to(device), list(part), world)
+            new = [{"image": file.name, "prompt": meta["prompt"], "tag": meta["tag"], **{name: float(v[j]) for name, v in scores.items()}}
+                   for j, (file, meta) in enumerate(zip(names, part))]
+            with open(out, "a") as f:
+                f.write("".join(json.dumps(row) + "\n" for row in new))
+            rows.update({row["image"]: row for row in new})
+            bar.update(len(new))
+    bar.close()
+    tags, summary = sorted({meta["tag"] for meta in metas}), {}
+    for name in (*spec, "total"):
+        values = {tag: np.array([rows[f.name][name] for f in files if rows[f.name]["tag"] == tag]) for tag in tags}
+        both = np.concatenate(list(values.values()))
+        summary[name] = {"mean": float(both.mean()), "standard error": float(both.std(ddof=1) / len(both) ** 0.5) if len(both) > 1 else None, "images": len(both),
+                         **({"mean of the tags' means": float(np.mean([v.mean() for v in values.values()])), **{tag: float(v.mean()) for tag, v in values.items()}}
+                            if len(tags) > 1 else {})}
+    util.write_atomic(out.with_suffix(".summary.json"), json.dumps(summary, indent=1))
+    print(json.dumps(summary, indent=1), f"\nwrote {out} and {out.with_suffix('.summary.json')}")
+
+
+if __name__ == "__main__":
+    util.run(main, Config, positional=("name", "images", "prompts"))

@@ -25,7 +25,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 from transformers.utils import logging
 
+from detectors import CLASSES, COLORS
 from model import Model, find, load_mmdit, load_vae
+from rewards import RELATIONS, scorer
 
 CLIP_TOKENS = 77
 CACHE = Path("runs/text")             # embeddings of prompts: 1.4 MB each with 128 T5 tokens, 2.4 MB with 256
@@ -156,18 +158,9 @@ LORA = (32, 64.0)                     # rank and alpha of a new adapter
 RATIO = {"geneval": 3, "ocr": 1, "pickscore": 1, "quality": 0}     # prompts in stage 2; the quality teacher anchors all of them and needs none of its own
 REWARD = {"geneval": "geneval", "ocr": "ocr", "pickscore": "pickscore", "quality": "deqa=0.4,pickscore=0.6"}
 SCORE = {"geneval": "geneval_benchmark", "ocr": "ocr", "pickscore": "pickscore", "quality": "deqa"}
-SCALE = {"pickscore": 26, "quality": 5}      # what a score is divided by in the average, as the paper does
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 TRAIN_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}      # Flow-GRPO's 7:5:3:1:1:0
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-COCO = ("person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign parking_meter bench bird cat dog horse sheep cow "
-        "elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee skis snowboard sports_ball kite baseball_bat baseball_glove skateboard "
-        "surfboard tennis_racket bottle wine_glass cup fork knife spoon bowl banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couch "
-        "potted_plant bed dining_table toilet tv laptop computer_mouse tv_remote computer_keyboard cell_phone microwave oven toaster sink refrigerator book "
-        "clock vase scissors teddy_bear hair_drier toothbrush").split()
-COCO = [name.replace("_", " ") for name in COCO]      # GenEval's names of COCO's 80 classes, in COCO's order
 WORDS = ("open closed welcome fresh coffee bread books music garden summer winter happy birthday danger exit stop slow school market hotel bakery library "
          "museum station airport platform north south river mountain forest ocean island sale today tomorrow forever dream believe create explore future galaxy "
          "rocket planet robot dragon castle magic secret treasure silver golden midnight morning sunshine rainbow thunder harvest journey victory legend "
@@ -186,7 +179,7 @@ def a(name):
 
 def geneval_prompt(rng, tag):
     """One prompt of GenEval's, as its authors generate them, with its metadata."""
-    one, two = (str(c) for c in rng.choice(COCO[1:] if tag in ("colors", "color_attr") else COCO, 2, replace=False))     # no coloured persons
+    one, two = (str(c) for c in rng.choice(CLASSES[1:] if tag in ("colors", "color_attr") else CLASSES, 2, replace=False))     # no coloured persons
     c1, c2 = (str(c) for c in rng.choice(COLORS, 2, replace=False))
     if tag == "single_object":
         include, text = [{"class": one, "count": 1}], a(one)
@@ -230,3 +223,14 @@ def eval_prompts(task, n, split="eval"):
     """n fixed prompts, the same for every model: GenEval's tags in equal numbers."""
     rng = np.random.default_rng(20260508)
     return [draw_prompt(rng, task, split, {TAGS[j % len(TAGS)]: 1} if task == "geneval" else None) for j in range(n)]
+
+
+# ------------------------------------------------------------------ what GenEval and OCR ask (rewards.py)
+
+
+def detect(images, metas):
+    return scorer("detector", images.device)(images, metas)
+
+
+def read(images):
+    return scorer("reader", images.device)(images)

@@ -66,7 +66,6 @@ RATIO = {"geneval": 3, "ocr": 1, "quality": 1}         # prompts in stage 2, as 
 # for half-right pictures and can be gamed.
 REWARD = {"geneval": "geneval=0.5,geneval_strict=0.5", "ocr": "ocr", "quality": "quality"}
 SCORE = {"geneval": "geneval_benchmark", "ocr": "ocr", "quality": "quality"}
-SCALE = {}             # what a score is divided by in the average
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 TRAIN_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}      # Flow-GRPO's; no single_object
 VOCAB = ["<pad>", *"a an photo poster sign of and that says left right above below".split(), '"', *COUNTS, *C, *S,

@@ -14,6 +14,7 @@ the better ones more likely. Papers: Flow-GRPO arXiv 2505.05470, GRPO arXiv 2402
 """
 import copy
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,7 @@ import adapters
 import model as models
 import util
 from prompts import world_of
-from rewards import parse_reward, score
+from rewards import offload, parse_reward, score
 from sampler import Trajectory, draw_noise, encode, gaussian_kl, log_prob, rollout, schedule, step, velocity
 
 
@@ -61,6 +62,7 @@ class Config:
     size: int | None = None                                              # side of the images in pixels (default: the tiny world's 32)
     t5: str = ""                                                         # SD3.5's T5: 128 or 256 tokens, or zeros (left out)
     dtype: Literal["float32", "bfloat16"] = "float32"                    # of weights that do not learn
+    offload: bool = False                                                # move reward models to the CPU while the policy trains (memory)
     save_every: int = 25                                                 # iterations between resumable states
     compile: bool = False                                                # torch.compile the blocks
     seed: int = 0                                                        # of everything
@@ -163,6 +165,19 @@ def main(cfg):
         rng = np.random.default_rng((cfg.seed, it))
         return [world.draw_prompt(rng, pattern[(it * prompts + j) % len(pattern)], "train") for j in range(prompts)]
 
+    def rate(latents, metas):
+        """Each image's score by its own task's reward: a list of dicts with every component as reported, and "total"."""
+        pixels, rows = model.images(latents), [None] * len(metas)
+        for task, spec in rewards.items():
+            theirs = [j for j, meta in enumerate(metas) if meta["task"] == task]
+            if theirs:
+                scores = score(spec, pixels[theirs], [metas[j] for j in theirs], world)
+                for n, j in enumerate(theirs):
+                    rows[j] = {name: float(values[n]) for name, values in scores.items()}
+        return rows
+
+    judge = ThreadPoolExecutor(1)
+    components = [(task, name) for task, spec in rewards.items() if len(spec) > 1 for name in spec]      # of the rewards that are sums
     model.text.prepare([meta["prompt"] for it in range(first, cfg.iters) for meta in draw(it)], rank, world_size)
     util.barrier()
 
@@ -174,23 +189,23 @@ def main(cfg):
         metas = [metas[i // cfg.group] for i in mine]
         text = encode(model.text, [m["prompt"] for m in metas])
 
-        # 2. Rollout: the current policy samples, and remembers every state and its log-probability.
+        # 2. Rollout: the current policy samples, and remembers every state and its log-probability. What is done is judged while the rest is sampled.
         noise = draw_noise([(cfg.seed, it, i) for i in mine], cfg.steps, model.latent_shape()).to(device)
         minibatches = [rows.split(cfg.micro) for rows in torch.arange(images, device=device).chunk(cfg.updates)]
-        with autocast:                                                       # in the very pieces of the update: same shapes, same rounding
-            trajs = [rollout(net, noise[i], times, text.rows(i), cfg.guidance, me, cfg.rollout, cfg.a, trained) for part in minibatches for i in part]
+        trajs, judged = [], []
+        for i in (i for part in minibatches for i in part):                  # in the very pieces of the update: same shapes, same rounding
+            with autocast:
+                trajs.append(rollout(net, noise[i], times, text.rows(i), cfg.guidance, me, cfg.rollout, cfg.a, trained))
+            judged.append(judge.submit(rate, trajs[-1].x[:, -1], [metas[j] for j in i]))
         traj = Trajectory(*(torch.cat(parts) for parts in zip(*trajs)))
 
         # 3. Reward of the final image, each by its own task's, and the advantage over the group.
-        pixels = model.images(traj.x[:, -1])
-        reward = torch.zeros(images, device=device)
-        for task in rewards:
-            rows = [i for i, m in enumerate(metas) if m["task"] == task]
-            if rows:
-                total = score(rewards[task], pixels[rows], [metas[i] for i in rows], world)["total"]
-                reward[rows] = torch.as_tensor(total, dtype=torch.float32, device=device)
+        rated = [row for future in judged for row in future.result()]
+        reward = torch.tensor([row["total"] for row in rated], device=device)
         everyone = util.gather(reward)
         adv, keep = advantages(reward, cfg.group, cfg.adv_std, everyone)
+        if cfg.offload:
+            offload()
 
         # 4. Update: each trained step of each trajectory, scored again under the policy that now learns.
         shape = (images, len(trained))
@@ -222,10 +237,12 @@ def main(cfg):
         # 5. Log and save.
         routed = util.gather(torch.tensor([cfg.tasks.index(m["task"]) for m in metas], device=device))
         by_task = {f"reward_{name}": everyone[routed == n].mean().item() for n, name in enumerate(cfg.tasks) if (routed == n).any()}
+        parts = util.gather(torch.tensor([[row[name] if meta["task"] == task else torch.nan for task, name in components] for row, meta in zip(rated, metas)], device=device))
+        by_part = {f"{task}/{name}": mean for (task, name), mean in zip(components, parts.nanmean(0).tolist()) if mean == mean}
         off = (util.gather(ratios) - 1).abs()
         first_update = util.gather(torch.arange(images, device=device)) < images // cfg.updates
         seconds = time.time() - start
-        log({"iter": it + 1, **by_task, "reward_std": everyone.std(unbiased=False).item(), "zero_std_ratio": 1 - util.sync_mean(keep.float().mean()).item(),
+        log({"iter": it + 1, **by_task, **by_part, "reward_std": everyone.std(unbiased=False).item(), "zero_std_ratio": 1 - util.sync_mean(keep.float().mean()).item(),
              "ratio_err": off[first_update].max().item(), "clip_frac": (off > cfg.clip).float().mean().item(), "kl": util.gather(kls).mean().item(),
              "grad_norm": grad_norm, "s/it": seconds, "images/s": cfg.batch / seconds})
         if (it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters:

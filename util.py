@@ -25,10 +25,10 @@ from model import world_name
 # ------------------------------------------------------------------ command line
 
 
-def parse(cls, argv=None, presets=None, positional=None):
+def parse(cls, argv=None, presets=None, positional=()):
     """A dataclass is the whole command line: each field is a flag, its doc is the comment on its line in the class.
 
-    presets: {world: {field: default}}, the defaults that follow from --model; positional: a field that needs no flag.
+    presets: {world: {field: default}}, the defaults that follow from --model; positional: fields that need no flag.
     """
     docs, preset = field_docs(cls), {}
     if presets:
@@ -42,7 +42,7 @@ def parse(cls, argv=None, presets=None, positional=None):
         default = preset.get(f.name, f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default)
         kind, flag = hints[f.name], "--" + f.name.replace("_", "-")
         doc = f"{docs.get(f.name, '')} (default: {default})".replace("%", "%%")
-        if f.name == positional:
+        if f.name in positional:
             p.add_argument(f.name, nargs="?", type=kind, default=default, help=doc)
         elif typing.get_origin(kind) is list:
             p.add_argument(flag, nargs="*", type=typing.get_args(kind)[0], default=default, help=doc)
@@ -219,6 +219,15 @@ def save_atomic(obj, path):
         torch.save(obj, f)
         f.flush()
         os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+def write_atomic(path, text):
+    """Write a text file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    tmp.write_text(text)
     os.replace(tmp, path)
 
 

@@ -1,7 +1,13 @@
 """Facts about rewards.py, checked on detections and readings made by hand."""
+import io
+import json
+
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+import rewards
 from rewards import (REWARDS, edit_distance, geneval_score, ocr_score, ocr_target, parse_reward, relative_position, score)
 
 
@@ -187,7 +193,7 @@ def test_parse_reward_is(spec, expected):
 
 
 @pytest.mark.parametrize("spec, message", [
-    ("pickscore", "got 'pickscore', expected one of geneval, geneval_strict, geneval_benchmark, ocr, quality"),
+    ("beauty", "got 'beauty', expected one of geneval, geneval_strict, geneval_benchmark, ocr, quality"),
     ("", "got '', expected one of"),
     ("ocr,", "got '', expected one of"),
     ("ocr,ocr=2", "got ocr twice"),
@@ -265,3 +271,139 @@ def test_score_refuses_results_for_another_number_of_images(name, n):
 def test_a_reward_that_fails_is_not_scored_as_zero():
     with pytest.raises(ValueError, match="straight double quotes"):
         score({"ocr": 1.0}, IMAGES, [{"prompt": "no text asked for"}] * 2, World(texts=["a", "b"]))
+
+
+# ------------------------------------------------------------------ networks: loaded at first use, scaled in a sum
+
+
+class Constant:
+    """A scorer that gives every image the same."""
+
+    def __init__(self, value):
+        self.value, self.net = value, torch.nn.Linear(1, 1)
+
+    def __call__(self, images, prompts):
+        assert len(images) == len(prompts) and all(isinstance(p, str) for p in prompts)
+        return torch.full((len(images),), self.value)
+
+
+@pytest.fixture
+def constants(monkeypatch):
+    made = []
+
+    def make(name, value):
+        return lambda device, dtype: made.append((name, str(device), dtype)) or Constant(value)
+    monkeypatch.setattr(rewards, "LOADED", {})
+    for name, value in (("deqa", 4.0), ("pickscore", 13.0), ("imagereward", 0.7)):
+        monkeypatch.setitem(rewards.SCORERS, name, make(name, value))
+    return made
+
+
+def test_components_are_reported_as_published_and_weighed_on_the_peers_scale(constants):
+    got = score(parse_reward("deqa=0.4,pickscore=0.6,imagereward"), torch.zeros(2, 3, 8, 8), [SINGLE, SINGLE], World())
+    assert got["deqa"].tolist() == [4, 4] and got["pickscore"].tolist() == [13, 13]
+    np.testing.assert_allclose(got["total"], [0.4 * 4 / 5 + 0.6 * 13 / 26 + 0.7] * 2, rtol=1e-6)
+
+
+def test_a_network_is_loaded_once_a_process_and_only_when_asked_for(constants):
+    assert parse_reward("deqa,pickscore") and constants == []
+    for _ in range(2):
+        score({"deqa": 1.0}, torch.zeros(1, 3, 8, 8), [SINGLE], World())
+    assert constants == [("deqa", "cpu", torch.float32)]
+    rewards.offload()
+    assert rewards.LOADED["deqa"].net.weight.device.type == "cpu"
+
+
+def test_every_published_reward_has_a_loader_and_the_loaders_names_exist():
+    import deqa
+    import detectors
+    import scorers
+    assert {"geneval", "ocr", "pickscore", "clipscore", "hpsv2", "imagereward", "aesthetic", "deqa", "unifiedreward", "qwenvl", "jpeg_compressibility",
+            "jpeg_incompressibility", "quality"} <= set(REWARDS)
+    assert all(hasattr(m, n) for m, n in [(deqa, "DeQA"), (detectors, "Detector"), (detectors, "Reader"), (scorers, "VLMJudge")])
+    for name in ("PickScore", "CLIPScore", "HPSv2", "ImageReward", "Aesthetic"):
+        assert hasattr(scorers, name) and name.lower() in rewards.SCORERS
+    assert set(rewards.SCALE) <= set(REWARDS)
+
+
+@pytest.mark.parametrize("name", ["pickscore", "clipscore", "hpsv2", "imagereward", "aesthetic", "deqa", "detector", "reader"])
+def test_missing_weights_are_one_line_that_says_where_they_were_looked_for(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(rewards, "LOADED", {})
+    monkeypatch.setenv("REWARD_MODELS", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(ValueError, match=r"REWARD_MODELS") as e:
+        rewards.scorer(name, "cpu")
+    assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["unifiedreward", "qwenvl"])
+def test_a_judge_without_an_endpoint_says_which_variable_to_set(monkeypatch, name):
+    monkeypatch.setattr(rewards, "LOADED", {})
+    monkeypatch.delenv(f"{name.upper()}_URL", raising=False)
+    with pytest.raises(ValueError, match=rf"reward {name}: .*\${name.upper()}_URL is not set"):
+        score({name: 1.0}, torch.zeros(1, 3, 8, 8), [SINGLE], World())
+
+
+def test_the_tiny_worlds_quality_is_refused_for_real_pictures():
+    import sd3
+    with pytest.raises(ValueError, match="reward quality: is the tiny world's own"):
+        score({"quality": 1.0}, torch.zeros(1, 3, 8, 8), [SINGLE], sd3)
+
+
+# ------------------------------------------------------------------ a folder on the command line
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(5):                    # the fourth is of another size
+        Image.fromarray(rng.integers(0, 256, (16, 20 if i == 3 else 16, 3), dtype=np.uint8)).save(tmp_path / f"{i:04d}.png")
+    (tmp_path / "prompts.txt").write_text("".join(f"picture {i}\n" for i in range(5)))
+    return tmp_path
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_scoring_a_folder_writes_a_line_an_image_and_a_summary(pictures):
+    rewards.main(rewards.Config("jpeg_incompressibility", str(pictures), str(pictures / "prompts.txt"), batch=2, device="cpu"))
+    got = rows(pictures / "jpeg_incompressibility.jsonl")
+    assert [(r["image"], r["prompt"]) for r in got] == [(f"{i:04d}.png", f"picture {i}") for i in range(5)]
+    buffer = io.BytesIO()
+    Image.open(pictures / "0003.png").save(buffer, format="JPEG", quality=95)
+    assert got[3]["jpeg_incompressibility"] == pytest.approx(len(buffer.getvalue()) / 1000)
+    summary = json.loads((pictures / "jpeg_incompressibility.summary.json").read_text())
+    assert summary["total"]["images"] == 5 and summary["total"]["mean"] == pytest.approx(np.mean([r["total"] for r in got]))
+
+
+def test_scoring_a_folder_goes_on_where_it_was_stopped(pictures, monkeypatch):
+    cfg = rewards.Config("jpeg_incompressibility", str(pictures), str(pictures / "prompts.txt"), batch=2, device="cpu")
+    rewards.main(cfg)
+    out = pictures / "jpeg_incompressibility.jsonl"
+    whole, seen = rows(out), []
+    out.write_text("\n".join(out.read_text().splitlines()[:3]) + '\n{"image": "0003.png", "pro')
+    real = rewards.score
+
+    def counted(spec, images, metas, world):
+        seen.extend(m["prompt"] for m in metas)
+        return real(spec, images, metas, world)
+    monkeypatch.setattr(rewards, "score", counted)
+    rewards.main(cfg)
+    assert rows(out) == whole and seen == ["picture 3", "picture 4"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda d: (d / "prompts.txt").write_text("one\ntwo\n"), "5 images for the 2 prompts"), (lambda d: (d / "0002.png").write_bytes(b"no"), "0002.png: is not an image"),
+    (lambda d: (d / "prompts.txt").unlink(), "prompts.txt: cannot be read")])
+def test_a_folder_that_does_not_fit_its_prompts_is_refused(pictures, change, message):
+    change(pictures)
+    with pytest.raises(ValueError, match=message):
+        rewards.main(rewards.Config("jpeg_compressibility", str(pictures), str(pictures / "prompts.txt"), device="cpu"))
+
+
+def test_several_images_a_prompt_go_with_it_in_order(pictures):
+    (pictures / "0004.png").unlink()
+    (pictures / "prompts.txt").write_text("one\ntwo\n")
+    rewards.main(rewards.Config("jpeg_compressibility", str(pictures), str(pictures / "prompts.txt"), device="cpu"))
+    assert {r["image"]: r["prompt"] for r in rows(pictures / "jpeg_compressibility.jsonl")} == {"0000.png": "one", "0001.png": "one", "0002.png": "two", "0003.png": "two"}

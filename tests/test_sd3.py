@@ -462,7 +462,7 @@ def test_prompts_made_here_keep_the_tag_mix_the_schema_and_their_hold_out():
     train, held = {m["prompt"] for m in metas}, {m["prompt"] for m in sd3.eval_prompts("geneval", 600)}
     assert not train & held
     assert all(rewards.ocr_target(m["prompt"]) for m in (sd3.draw_prompt(rng, "ocr", "train") for _ in range(300)))
-    assert len(set(sd3.COCO)) == 80 and len(sd3.COLORS) == 10
+    assert len(set(sd3.CLASSES)) == 80 and len(sd3.COLORS) == 10
 
 
 def test_generated_prompts_read_as_genevals_own():
