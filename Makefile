@@ -6,7 +6,7 @@ BIN = .venv/bin
 RUN = $(BIN)/torchrun --nproc_per_node=$(RANKS)
 MODELS = base ckpt/geneval.pt ckpt/ocr.pt ckpt/quality.pt merge=runs/demo/init.pt student=runs/demo/student.pt
 
-.PHONY: demo test teachers base
+.PHONY: demo test oracles teachers base
 
 demo: .venv/done                  # stage 2 from the shipped teachers, then the table and the picture
 	rm -rf runs/demo
@@ -15,6 +15,8 @@ demo: .venv/done                  # stage 2 from the shipped teachers, then the 
 
 test: .venv/done
 	$(BIN)/python -m pytest -q
+
+oracles: .venv/oracles            # diffusers, peft, ...: what the tests of SD3.5's side compare with (skipped without)
 
 teachers: .venv/done              # stage 1, from the shipped base (under an hour on two cores; resumes)
 	$(RUN) train_grpo.py --tasks geneval --batch 192 --lr 2e-3 --iters 250
@@ -28,4 +30,9 @@ base: .venv/done                  # the tiny VAE and base, from nothing (resumes
 .venv/done: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+.venv/oracles: .venv/done requirements-oracles.txt
+	$(BIN)/python -m pip install -r requirements-oracles.txt
+	$(BIN)/python -m pip install --no-deps open_clip_torch==3.3.0
 	touch $@

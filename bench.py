@@ -3,6 +3,7 @@ What full size costs: SD3.5-Medium with random bfloat16 weights, through the ver
 
     python bench.py                     # make the model (5.1 GB, once), load it, one guided step, one OPD update; -> results/fullsize-DEVICE-SIZE.json
     python bench.py --size 512 --device cuda --parts step opd
+    python bench.py --parts rewards     # images a second of every reward network at its published size; -> results/rewards-DEVICE.json
 
 The transformer and the VAE are of the published size. The text encoders have the published widths but two layers, since they run once a prompt and are
 gone before training; so no time or memory of T5-XXL is in these numbers. Peak memory is read from /proc every 20 ms: "anonymous" is what the
@@ -29,7 +30,8 @@ ROOT = Path(__file__).parent
 
 @dataclass
 class Config:
-    parts: list[str] = field(default_factory=lambda: ["load", "step", "opd"])    # what to measure
+    parts: list[str] = field(default_factory=lambda: ["load", "step", "opd"])    # what to measure; rewards stands alone
+    names: list[str] = field(default_factory=list)                               # for rewards: which (default: all)
     size: int = 256                                                              # side of the images in pixels
     threads: int = os.cpu_count()                                                # CPU threads
     device: Literal["cpu", "cuda"] = "cpu"                                       # where
@@ -112,13 +114,131 @@ def script(name, *argv):
     return ["-c", SCRIPT.format(argv=[name, *map(str, argv)], script=str(ROOT / name))]
 
 
+# ------------------------------------------------------------------ rewards
+
+
+def bare(cls, net, device, dtype, **attributes):
+    """A scorer without its weights: net as it was initialised."""
+    one = object.__new__(cls)
+    one.net = net.eval().requires_grad_(False).to(device, dtype)
+    vars(one).update(attributes)
+    return one
+
+
+def reward_networks(device, dtype, tokenizer):
+    """name -> function that makes the scorer at its published size with random weights, and what it is called with."""
+    import deqa
+    import detectors
+    import scorers
+    from transformers import (BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPConfig, CLIPModel, Mask2FormerConfig, Mask2FormerModel,
+                              PPOCRV5ServerDetConfig, PPOCRV5ServerDetForObjectDetection, PPOCRV5ServerRecConfig, PPOCRV5ServerRecForTextRecognition, SwinConfig)
+
+    def clip(width, layers, heads, text_width, text_layers, out):
+        return CLIPModel(CLIPConfig(projection_dim=out, vision_config=dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
+                                                                           patch_size=14, image_size=224),
+                                    text_config=dict(hidden_size=text_width, num_hidden_layers=text_layers, num_attention_heads=text_width // 64, intermediate_size=4 * text_width)))
+
+    def head():
+        layers = [torch.nn.Linear(a, b) for a, b in ((768, 1024), (1024, 128), (128, 64), (64, 16), (16, 1))]
+        return torch.nn.Sequential(*layers)
+
+    def large():
+        return clip(1024, 24, 16, 768, 12, 768)
+
+    def huge():
+        return clip(1280, 32, 16, 1024, 24, 1024)
+
+    def aesthetic():
+        both = large()
+        return bare(scorers.Aesthetic, torch.nn.ModuleDict({"vision": both.vision_model, "projection": both.visual_projection, "head": head()}), device, torch.float32)
+
+    def imagereward():
+        vision = BlipVisionModel(BlipVisionConfig(hidden_size=1024, num_hidden_layers=24, intermediate_size=4096, num_attention_heads=16, patch_size=16, image_size=224))
+        text = BlipTextModel(BlipTextConfig(vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, num_hidden_layers=12, intermediate_size=3072, num_attention_heads=12,
+                                            is_decoder=True), add_pooling_layer=False)
+        words = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *("##" + c for c in "abcdefghijklmnopqrstuvwxyz")])}
+        return bare(scorers.ImageReward, torch.nn.ModuleDict({"vision": vision, "text": text, "head": head()}), device, torch.float32, tokenizer=BertTokenizer(vocab=words))
+
+    def detector():
+        swin = SwinConfig(image_size=384, embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], window_size=7, out_features=["stage1", "stage2", "stage3", "stage4"])
+        mask2former = torch.nn.Module()
+        mask2former.model, mask2former.class_predictor = Mask2FormerModel(Mask2FormerConfig(backbone_config=swin, num_labels=80)), torch.nn.Linear(256, 81)
+        mask2former.forward = detectors.Mask2Former.forward.__get__(mask2former)
+        return bare(detectors.Detector, torch.nn.ModuleDict({"detector": mask2former, "clip": large()}), device, torch.float32, tokenizer=tokenizer, classifiers={})
+
+    def reader():      # how many boxes random weights see means nothing: the text detector, and two lines of text an image
+        net = torch.nn.ModuleDict({"det": PPOCRV5ServerDetForObjectDetection(PPOCRV5ServerDetConfig()), "rec": PPOCRV5ServerRecForTextRecognition(PPOCRV5ServerRecConfig())})
+        one = bare(detectors.Reader, net, device, torch.float32, characters=["a"] * 18385)
+
+        def read(images, prompts):
+            one.net["det"](detectors.text_detector_input(detectors.grey_levels(images)).to(device))
+            one.recognise([detectors.to_pil(image[:, :48, :320]) for image in detectors.grey_levels(images) for _ in range(2)])
+        return read
+
+    def deqa_scorer():
+        config = {"model_type": "mplug_owl2", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000, "rms_norm_eps": 1e-5,
+                  "visual_config": {"visual_model": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 448,
+                                                     "patch_size": 14, "layer_norm_eps": 1e-6},
+                                    "visual_abstractor": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16,
+                                                          "num_learnable_queries": 64, "layer_norm_eps": 1e-6}}}
+        with torch.device("meta"):
+            net = deqa.Owl2(config)
+        net = net.to(torch.bfloat16).to_empty(device=device)      # 16 GB: float32 would not fit this machine
+        for x in net.state_dict().values():
+            x.normal_(0, 0.02)
+        return bare(deqa.DeQA, net, device, torch.bfloat16, batch=8)
+
+    def clip_logit(net, pixels):
+        return lambda: bare(scorers.ClipLogit, net(), device, dtype, scale=100.0, tokenizer=tokenizer, pixels=pixels)
+
+    return {"pickscore": clip_logit(huge, scorers.clip_pixels), "clipscore": clip_logit(large, scorers.clipscore_pixels), "hpsv2": lambda: bare(scorers.HPSv2, huge(), device, dtype, tokenizer=tokenizer),
+            "aesthetic": aesthetic, "imagereward": imagereward, "geneval detector": detector, "ocr reader (server)": reader, "deqa (bfloat16)": deqa_scorer}
+
+
+@torch.no_grad()
+def rewards(cfg):
+    """Images a second at batch 8, 512 x 512, after one image to warm up."""
+    import tempfile
+    sys.path.insert(0, str(ROOT / "tests"))
+    import mini_sd3
+    from transformers import AutoTokenizer
+    torch.set_num_threads(cfg.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        mini_sd3.write_tokenizers(Path(folder))
+        tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+    images, results = torch.rand(8, 3, 512, 512, device=cfg.device), {}
+    metas = [{"tag": "colors", "prompt": "a photo of a red cat", "include": [{"class": "cat", "count": 1, "color": "red"}]}] * 8
+    networks = reward_networks(torch.device(cfg.device), torch.float32 if cfg.device == "cpu" else torch.float16, tokenizer)
+    for name in cfg.names or networks:
+        one = networks[name]()
+        said = metas if name == "geneval detector" else [m["prompt"] for m in metas]
+        one(images[:1], said[:1])
+        start = time.time()
+        one(images, said)
+        if cfg.device == "cuda":
+            torch.cuda.synchronize()
+        results[name] = {"images/s": round(8 / (time.time() - start), 3), "million parameters": round(sum(p.numel() for p in one.net.parameters()) / 1e6) if hasattr(one, "net") else None}
+        print(name, results[name], flush=True)
+        del one
+    return results
+
+
+def cpu_name():
+    return next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+
+
 def main(cfg):
+    if "rewards" in cfg.parts:
+        out = Path(cfg.out or ROOT / f"results/rewards-{cfg.device}.json")
+        old = json.loads(out.read_text())["rewards"] if out.exists() and cfg.names else {}
+        util.write_atomic(out, json.dumps({"settings": asdict(cfg), "torch": torch.__version__, "cpu": cpu_name(), "rewards": {**old, **rewards(cfg)}}, indent=1))
+        return print(f"wrote {out}")
     folder, results = Path(cfg.folder).resolve(), {"settings": asdict(cfg), "torch": torch.__version__, "machine": os.uname().nodename}
     if not (folder / "sd3.5_medium.safetensors").exists():
         start = time.time()
         make(folder)
         print(f"made {folder} in {time.time() - start:.0f} s")
-    results["cpu"] = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    results["cpu"] = cpu_name()
     if cfg.device == "cuda":
         results["gpu"] = torch.cuda.get_device_name()
     file, common = folder / "sd3.5_medium.safetensors", ["--model", folder, "--size", cfg.size, "--device", cfg.device]

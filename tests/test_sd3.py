@@ -1,4 +1,4 @@
-"""Facts about SD3.5's side: the networks, the text stack, a whole generation and the adapters against diffusers and PEFT (the optional extra `oracles`),
+"""Facts about SD3.5's side: the networks, the text stack, a whole generation and the adapters against diffusers and PEFT (`make oracles`),
 on random weights in the released layouts; loading, prompt folders, and the scripts with --model DIR."""
 import json
 import subprocess
@@ -21,7 +21,7 @@ import train_opd
 from model import MMDiT, PREFIX, VAE, load_mmdit, load_vae
 from sampler import draw_noise, encode, sample, schedule, velocity
 
-ORACLES = "needs the optional extra: pip install -e .[oracles]"
+ORACLES = "needs the oracles: make oracles"
 
 
 def diffusers():
