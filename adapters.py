@@ -179,12 +179,76 @@ def merged_weights(net, adapter):
     return out
 
 
+# ------------------------------------------------------------------ cold starts of a student
+
+
+def merge_adapters(adapters):
+    """The exact average of K adapters' updates: mean_k scale_k B_k A_k, by stacking the factors (so the rank adds up).
+
+    adapters: list of dicts with "tensors", "r", "alpha". Returns one such dict, with alpha = r (scale 1).
+    DEVIATION: the released Flow-OPD code averages A and B apart; mean(B) mean(A) is not mean(B A). merge_factors does that.
+    """
+    K, tensors = len(adapters), {}
+    for k in adapters[0]["tensors"]:
+        if k.endswith(".A"):
+            tensors[k] = torch.cat([a["tensors"][k] for a in adapters], dim=1)                                    # (n, sum r, D)
+        else:
+            tensors[k] = torch.cat([a["tensors"][k] * (a["alpha"] / a["r"] / K) for a in adapters], dim=2)        # (n, D, sum r)
+    r = sum(a["r"] for a in adapters)
+    return {"tensors": tensors, "r": r, "alpha": r}
+
+
+def truncate_adapter(adapter, r, alpha):
+    """The best adapter of rank r for another's update, in the least squares sense: the first r terms of the SVD of scale B A, shared evenly by the factors.
+
+    B = Q_B R_B and A^T = Q_A R_A, so B A = Q_B (R_B R_A^T) Q_A^T: the SVD is of a matrix as small as the rank.
+    """
+    out, scale = {}, adapter["alpha"] / adapter["r"]
+    for k in (k.removesuffix(".A") for k in adapter["tensors"] if k.endswith(".A")):
+        Q_B, R_B = torch.linalg.qr(adapter["tensors"][f"{k}.B"])                       # (n, D, R), (n, R, R)
+        Q_A, R_A = torch.linalg.qr(adapter["tensors"][f"{k}.A"].mT)
+        U, s, Vh = torch.linalg.svd(R_B @ R_A.mT * (scale * r / alpha))
+        root = s[:, :r].sqrt()
+        out[f"{k}.A"], out[f"{k}.B"] = root[:, :, None] * (Vh[:, :r] @ Q_A.mT), Q_B @ U[:, :, :r] * root[:, None]
+    return {"tensors": out, "r": r, "alpha": alpha}
+
+
+def merge_factors(adapters):
+    """As released: the A and the B factors averaged apart, which is not the average of the updates. For comparison."""
+    forms = {(a["r"], a["alpha"]) for a in adapters}
+    if len(forms) > 1:
+        raise ValueError(f"--init factors: averages factors of one rank and alpha, got {forms}; use --init merge")
+    return {**adapters[0], "tensors": {k: sum(a["tensors"][k] for a in adapters) / len(adapters) for k in adapters[0]["tensors"]}}
+
+
 @torch.no_grad()
 def average_weights(net, base, teachers):
     """Make net, a copy of base, the average of the teachers: the mean of their whole weights, be they adapters (W + scale B A) or transformers."""
     theirs = [dict(teacher["net"].named_parameters()) if "net" in teacher else merged_weights(base, teacher) for teacher in teachers]
     for name, p in net.named_parameters():
         p.copy_(sum(w.get(name, p).float() for w in theirs) / len(theirs))
+
+
+def cold_start(cfg, net, base, teachers):
+    """How the student begins, by cfg.init: an adapter as a dict with "r", "alpha" and "tensors" (None: new), or, with cfg.full, net changed in place."""
+    named = cfg.init in ("none", "merge", "truncate", "factors")
+    start = [] if cfg.init == "none" else teachers if named else [read(cfg.init, base)]
+    whole = any("net" in one for one in start)
+    if cfg.full:
+        if cfg.init in ("truncate", "factors"):
+            raise ValueError(f"--init {cfg.init} --full: is about an adapter's factors; a whole transformer starts from merge, none, or a checkpoint")
+        return average_weights(net, base, start) if start else None
+    if whole:
+        raise ValueError(f"--init {cfg.init}: comes from a whole transformer, which no adapter equals; use --full, or --init none")
+    if cfg.init == "none":
+        return {"r": cfg.lora_r, "alpha": cfg.lora_alpha, "tensors": None}
+    if cfg.init == "factors":
+        return merge_factors(start)
+    if cfg.init == "truncate":
+        if cfg.lora_r > sum(one["r"] for one in start):
+            raise ValueError(f"--init truncate --lora-r {cfg.lora_r}: the exact merge has rank {sum(one['r'] for one in start)}; expected no more")
+        return truncate_adapter(merge_adapters(start), cfg.lora_r, cfg.lora_alpha)
+    return merge_adapters(start) if cfg.init == "merge" else start[0]
 
 
 # ------------------------------------------------------------------ any form
@@ -227,6 +291,35 @@ def read(path, net, task=""):
     if whole.cfg != net.cfg:
         raise ValueError(f"{path}: is a transformer of another shape ({whole.cfg}), expected that of --model ({net.cfg})")
     return {"task": task or metadata.get("task", ""), "anchor": metadata.get("anchor") == "True", "net": whole}
+
+
+def read_teachers(specs, model, world):
+    """The teachers by task. ValueError if a file or the set of them will not do."""
+    if not specs:
+        raise ValueError("--teachers: got none, expected adapters written by train_grpo.py, e.g. --teachers ckpt/*.pt")
+    teachers, source = {}, {}
+    for spec in specs:
+        label, path = split_label(spec)
+        teacher = read(path, model.mmdit, label)
+        task = teacher["task"]
+        if task not in world.TASKS:
+            raise ValueError(f"{spec}: is trained on '{task}', expected one of {', '.join(world.TASKS)}, to which prompts can be routed" + "; say TASK=PATH" * (not task))
+        if task in teachers:
+            raise ValueError(f"{path}: is a second teacher of '{task}', after {source[task]}; a prompt is routed to one")
+        teachers[task], source[task] = teacher, path
+    return teachers
+
+
+def find_anchor(name, lam, teachers):
+    """The task whose teacher anchors all prompts (MAR), None without: the one that is named, or else the one that was trained as such."""
+    marked = [task for task, teacher in teachers.items() if teacher["anchor"]]
+    if name and (name not in teachers or not lam):
+        raise ValueError(f"--anchor {name}: expected the task of a teacher ({', '.join(teachers)}), and --lam > 0; got --lam {lam}")
+    if not lam:
+        return None
+    if not name and len(marked) != 1:
+        raise ValueError(f"{len(marked)} of the teachers are marked as the anchor; expected one: say --anchor TASK, or --lam 0 for none")
+    return name or marked[0]
 
 
 # ------------------------------------------------------------------ command line

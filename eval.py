@@ -23,6 +23,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -50,6 +51,7 @@ class Config:
     guidance: float = 1.0                                                # w
     batch: int = 100                                                     # images a forward pass
     split: Literal["eval", "train"] = "eval"                             # "train" for choosing settings without looking at the held-out prompts
+    diversity: bool = False                                              # also how far pictures of one prompt are apart (in the JSON)
     rows: int = 12                                                       # prompts in the picture
     out: str = "runs/eval"                                               # where to write OUT.md, OUT.json, OUT.png
     seed: int = 0                                                        # of the noise; each prompt has its own noise
@@ -101,6 +103,22 @@ def summarise(scores, metas, world):
     scaled = [[x / SCALE.get(world.SCORE.get(t), 1) for x in out[t][:2]] for t in scores]
     out["average"] = [float(np.mean([m for m, _ in scaled])), math.sqrt(sum(se ** 2 for _, se in scaled)) / len(scores), sum(len(m) for m in metas.values())]
     return out
+
+
+def spread(small, prompts):
+    """Diversity: root mean square difference of two pictures of one prompt, pixels in [0, 1], averaged over pairs, then prompts: [mean, standard error, prompts].
+
+    small (n, 3, 32, 32); prompts: n strings, some of which come more than once.
+    """
+    groups = {}
+    for picture, prompt in zip(small.flatten(1), prompts):
+        groups.setdefault(prompt, []).append(picture)
+    apart = []
+    for pictures in groups.values():
+        if len(pictures) > 1:
+            x = torch.stack(pictures)
+            apart.append(torch.pdist(x).mean().item() / math.sqrt(x.shape[1]))
+    return [*mean_se(apart), len(apart)] if apart else [float("nan"), float("nan"), 0]
 
 
 def markdown(title, rows, columns, sign=""):
@@ -209,12 +227,13 @@ def main(cfg):
     model.text.prepare([meta["prompt"] for task in tasks for meta in metas[task]], rank, world_size)
     util.barrier()
     per_image, shown = {label: {task: {} for task in tasks} for label in found}, {label: [] for label in found}
+    apart = {label: {} for label in found}
     judge = ThreadPoolExecutor(1)
     bar = tqdm(total=len(found) * len(tasks) * share, desc="eval", unit="image", disable=rank > 0)
     for label, (net, adapter) in found.items():
         for n, task in enumerate(tasks):
             wanted = (n + 1) * cfg.rows // len(tasks)
-            batches, judged = torch.tensor(mine).split(cfg.batch), []
+            batches, judged, small = torch.tensor(mine).split(cfg.batch), [], []
             for i in batches:
                 batch = [metas[task][j] for j in i]
                 text = encode(model.text, [m["prompt"] for m in batch])
@@ -223,9 +242,12 @@ def main(cfg):
                     latents = sample(net, noise, times, text, cfg.guidance, adapter)
                 images = model.images(latents)
                 judged.append(judge.submit(score, specs[task], images, batch, world))      # while the next batch is sampled
+                small.append(F.adaptive_avg_pool2d(images, 32))
                 shown[label] += [(m["prompt"], image.cpu()) for m, image in zip(batch, images)][:wanted - len(shown[label])]
                 bar.update(len(i))
             parts = {name: [future.result()[name] for future in judged] for name in specs[task]}
+            if cfg.diversity:
+                apart[label][task] = spread(util.gather(torch.cat(small)).cpu(), [meta["prompt"] for meta in metas[task]])
             for name, values in parts.items():
                 per_image[label][task][name] = util.gather(torch.from_numpy(np.concatenate(values)).to(device)).cpu().numpy()
     bar.close()
@@ -242,7 +264,7 @@ def main(cfg):
     numbers = {"settings": asdict(cfg), "world_size": world_size, "base": model.fingerprint, "torch": torch.__version__, "device": str(device),
                "seconds": time.time() - start, "table: mean, standard error, n": results, f"{last} minus: mean, standard error, n": differences,
                "all scores: mean, standard error": {label: {f"{name} on {task}": mean_se(v) for task, s in per_image[label].items() for name, v in s.items()}
-                                                    for label in found}}
+                                                    for label in found}, **({"diversity": apart} if cfg.diversity else {})}
     out.with_suffix(".json").write_text(json.dumps(numbers, indent=1))
     picture(shown, out.with_suffix(".png"))
     print(f"\n{text}\nwrote {out}.md, {out}.json, {out}.png in {time.time() - start:.0f} s")

@@ -302,23 +302,6 @@ class MMDiT(nn.Module):
         return {f"{n}.{f}": getattr(m, f)[name].detach().cpu().clone() for n, m in self.lora_layers().items() for f in "AB"}
 
 
-def merge_adapters(adapters):
-    """The exact average of K adapters' updates: mean_k scale_k B_k A_k, by stacking the factors (so the rank adds up).
-
-    adapters: list of dicts with "tensors", "r", "alpha". Returns one such dict, with alpha = r (scale 1).
-    DEVIATION: the released Flow-OPD code averages A and B apart; mean(B) mean(A) is not mean(B A).
-    """
-    K = len(adapters)
-    tensors = {}
-    for k in adapters[0]["tensors"]:
-        if k.endswith(".A"):
-            tensors[k] = torch.cat([a["tensors"][k] for a in adapters], dim=1)                                    # (n, sum r, D)
-        else:
-            tensors[k] = torch.cat([a["tensors"][k] * (a["alpha"] / a["r"] / K) for a in adapters], dim=2)        # (n, D, sum r)
-    r = sum(a["r"] for a in adapters)
-    return {"tensors": tensors, "r": r, "alpha": r}
-
-
 # ------------------------------------------------------------------ VAE
 
 

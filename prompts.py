@@ -83,6 +83,19 @@ class Prompted:
         return [rows[j * len(rows) // n] if n < len(rows) else rows[j % len(rows)] for j in range(n)]
 
 
+def read_ratio(ratio, teachers, default):
+    """["geneval=3", "ocr=1"] -> {"geneval": 3, "ocr": 1}; without any, the default's numbers for the teachers there are."""
+    counts = {}
+    for item in ratio:
+        task, _, n = item.partition("=")
+        if task not in teachers or not n.isdigit() or task in counts:
+            raise ValueError(f"--ratio {item}: expected TASK=N with a teacher's task ({', '.join(teachers)}), each at most once")
+        counts[task] = int(n)
+    if ratio and (set(counts) != set(teachers) or not any(counts.values())):
+        raise ValueError(f"--ratio {' '.join(ratio)}: expected a number for each of {', '.join(teachers)} (0 leaves a task out), not all 0")
+    return counts or {task: default[task] for task in teachers}
+
+
 def world_of(model, prompts=()):
     """The world that a model's pictures are judged in (the module with its prompts, detector, reader and quality score), with --prompts TASK=DIR's prompts."""
     world, sets = importlib.import_module(model.world), {}

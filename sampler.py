@@ -59,15 +59,18 @@ def encode(text_encoder, prompts):
     return Text(context[at], pooled[at], null_context, null_pooled)
 
 
-def velocity(net, x, t, text, guidance=1.0, adapter=None):
-    """v_g = v_null + w (v_text - v_null); w = 1 needs one forward. x (B, C, H, W), t (B,) -> (B, C, H, W)."""
-    if guidance == 1:
-        return net(x, t, text.context, text.pooled, adapter)
+def branches(net, x, t, text, adapter=None):
+    """(v_null, v_text) from one forward: without the prompt and with it. x (B, C, H, W), t (B,) -> (B, C, H, W) each."""
     if isinstance(adapter, Route):
         adapter = Route(adapter.names, adapter.index.repeat(2))
-    v = net(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([text.null_context, text.context]),
-            torch.cat([text.null_pooled, text.pooled]), adapter)
-    v_null, v_text = v.chunk(2)
+    return net(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([text.null_context, text.context]), torch.cat([text.null_pooled, text.pooled]), adapter).chunk(2)
+
+
+def velocity(net, x, t, text, guidance=1.0, adapter=None):
+    """v_g = v_null + w (v_text - v_null); w = 1 needs half the work. x (B, C, H, W), t (B,) -> (B, C, H, W)."""
+    if guidance == 1:
+        return net(x, t, text.context, text.pooled, adapter)
+    v_null, v_text = branches(net, x, t, text, adapter)
     return v_null + guidance * (v_text - v_null)
 
 
@@ -149,6 +152,7 @@ def draw_noise(keys, K, shape):
 class Trajectory(NamedTuple):
     x: torch.Tensor          # (B, K + 1, C, H, W) float32: x[:, k] is the state before step k, x[:, K] the sample
     logp: torch.Tensor       # (B, K), nats per element; 0 where a step had no noise
+    v: torch.Tensor          # (B, K, C, H, W) float32: the velocity that step k took
 
 
 @torch.no_grad()
@@ -157,7 +161,7 @@ def rollout(net, noise, times, text, guidance=1.0, adapter=None, kind="sde", a=0
 
     Steps that are not noisy are the ODE's. States are kept in float32 whatever the network computes in.
     """
-    x, xs, logps = noise[:, 0].float(), [noise[:, 0].float()], []
+    x, xs, logps, vs = noise[:, 0].float(), [noise[:, 0].float()], [], []
     for k in range(len(times) - 1):
         v = velocity(net, x, times[k].expand(len(x)), text, guidance, adapter).float()
         how = kind if noisy is None or k in noisy else "ode"
@@ -165,7 +169,8 @@ def rollout(net, noise, times, text, guidance=1.0, adapter=None, kind="sde", a=0
         x = mean + std * noise[:, k + 1]
         logps.append(log_prob(x, mean, std) if how != "ode" and std.min() > 0 else torch.zeros(len(x), device=x.device))
         xs.append(x)
-    return Trajectory(torch.stack(xs, 1), torch.stack(logps, 1))
+        vs.append(v)
+    return Trajectory(torch.stack(xs, 1), torch.stack(logps, 1), torch.stack(vs, 1))
 
 
 @torch.no_grad()

@@ -63,6 +63,7 @@ class Config:
     t5: str = ""                                                         # SD3.5's T5: 128 or 256 tokens, or zeros (left out)
     dtype: Literal["float32", "bfloat16"] = "float32"                    # of weights that do not learn
     offload: bool = False                                                # move reward models to the CPU while the policy trains (memory)
+    keep: int = 0                                                        # also write the policy every so many iterations, as runs/NAME/adapter-ITER
     save_every: int = 25                                                 # iterations between resumable states
     compile: bool = False                                                # torch.compile the blocks
     seed: int = 0                                                        # of everything
@@ -165,6 +166,13 @@ def main(cfg):
         rng = np.random.default_rng((cfg.seed, it))
         return [world.draw_prompt(rng, pattern[(it * prompts + j) % len(pattern)], "train") for j in range(prompts)]
 
+    def save(path):
+        task = "+".join(cfg.tasks)
+        if cfg.full:
+            return adapters.save_whole(path.with_suffix(".safetensors"), util.weights(net), model.file, rank, task=task, anchor=cfg.anchor)
+        return adapters.save_adapter(path, rank, task=task, reward=rewards, anchor=cfg.anchor, base=model.fingerprint, r=cfg.lora_r, alpha=cfg.lora_alpha,
+                                     tensors=net.adapter(me), settings=settings)
+
     def rate(latents, metas):
         """Each image's score by its own task's reward: a list of dicts with every component as reported, and "total"."""
         pixels, rows = model.images(latents), [None] * len(metas)
@@ -245,15 +253,12 @@ def main(cfg):
         log({"iter": it + 1, **by_task, **by_part, "reward_std": everyone.std(unbiased=False).item(), "zero_std_ratio": 1 - util.sync_mean(keep.float().mean()).item(),
              "ratio_err": off[first_update].max().item(), "clip_frac": (off > cfg.clip).float().mean().item(), "kl": util.gather(kls).mean().item(),
              "grad_norm": grad_norm, "s/it": seconds, "images/s": cfg.batch / seconds})
+        if cfg.keep and (it + 1) % cfg.keep == 0:
+            save(folder / f"adapter-{it + 1}.pt")
         if (it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters:
             util.save_state(folder / "state.pt", net, opt, rank, iter=it + 1, settings=settings, base=model.fingerprint)
 
-    task = "+".join(cfg.tasks)
-    if cfg.full:
-        out = adapters.save_whole(out.with_suffix(".safetensors"), util.weights(net), model.file, rank, task=task, anchor=cfg.anchor)
-    else:
-        adapters.save_adapter(out, rank, task=task, reward=rewards, anchor=cfg.anchor, base=model.fingerprint, r=cfg.lora_r, alpha=cfg.lora_alpha,
-                              tensors=net.adapter(me), settings=settings)
+    out = save(out)
     if rank == 0:
         print(f"wrote {out}")
 

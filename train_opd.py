@@ -8,11 +8,30 @@ Stage 2: Flow-OPD. One student learns from all teachers, on the states it visits
 
 A run that was stopped goes on where it was when the same command is given again. All it writes is in runs/NAME/.
 
-One iteration: the student samples trajectories by its own SDE; each prompt's teacher (by task), and the quality teacher as an anchor,
-say at every state where they would have gone; the student's step is pulled there. No reward is computed, no advantage, no ratio: the
-per-step reward of the paper, r_t = -KL(student || teacher), is differentiated in closed form.
+One iteration: the student samples trajectories; each prompt's teacher (by task), and the quality teacher as an anchor, say at the visited
+states where they would have gone; the student's step is pulled there. No image is scored.
 
-Papers: Flow-OPD arXiv 2605.08063; closed form: DiffusionOPD arXiv 2605.15055.
+What "pulled" should mean is where the paper, its code and its followers differ. Fix a state x; the student goes to x_next ~ p_S(.|x), a Gaussian,
+the teacher's is p_T with the same variance, and D = KL(p_S || p_T) = w |v_S - v_T|^2 is known in closed form. Then
+
+    objective               loss at x (gradient through v_S, "sg" stops it)        its expected gradient
+    kl                      D                                                      grad D, without any variance at x
+    velocity                |v_S - v_T|^2                                          grad D / w: the same pull, early steps weigh more
+    pg, dense, step         sg(-D) in a policy gradient (the paper's text)         0
+    pg, sampled, step       sg(log p_T(x_next) - log p_S(x_next)), likewise        grad D, plus noise
+    pg, sampled, future     the sum of those over this and later steps             grad KL of whole trajectories
+    pg, dense, future       sg(-sum of D over later steps)                         that gradient less its direct part, the sum of grad D
+    released                ratio D, D not stopped (the released code)             grad D / dt-weighted, plus noise
+
+Why. (1) E[grad log p_S(x_next|x)] = grad of the integral of p_S = grad 1 = 0, so what does not depend on x_next, as D(x), is multiplied with 0 on
+average. (2) grad D = grad E[log p_S - log p_T] = E[(log p_S - log p_T) grad log p_S] + E[grad log p_S], and the last is 0: the sampled form. (3) A
+trajectory's log ratio is the sum over its steps; past steps' are constants to the later action, so of the sum only this and later steps' stay. Taking the
+expectation of each later one at its own state turns it into D there: dense and future, plus grad D at this state itself. (4) As the noise a goes to 0,
+std^2 = sigma_t^2 dt and 2 a^2 w -> dt (1 - t) / t: an ODE rollout has no density, but its states can be weighed like that (here: with the SDE's w at --a).
+tests/test_objectives.py shows all this on a linear-Gaussian policy, where every expectation is known.
+
+Papers: Flow-OPD arXiv 2605.08063; sampled: Thinking Machines 2025; closed form: DiffusionOPD arXiv 2605.15055; one state, velocity: DanceOPD arXiv
+2606.27377; both branches: PDM arXiv 2607.24731; folding, extrapolation: GFD-OPD (2026).
 """
 import copy
 import importlib
@@ -20,7 +39,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +48,8 @@ from tqdm import tqdm
 import adapters
 import model as models
 import util
-from prompts import world_of
-from sampler import Trajectory, draw_noise, encode, gaussian_kl, rollout, schedule, step, velocity
+from prompts import read_ratio, world_of
+from sampler import Trajectory, branches, draw_noise, encode, gaussian_kl, log_prob, rollout, schedule, step, velocity
 
 
 @dataclass
@@ -40,16 +59,24 @@ class Config:
     prompts: list[str] = field(default_factory=list)                     # TASK=DIR: that folder's prompts (prompts.py) instead of the world's own
     anchor: str = ""                                                     # the task whose teacher anchors all prompts (default: the file marked so)
     ratio: list[str] = field(default_factory=list)                       # prompts of each teacher's task (default: the world's, geneval=3 ocr=1 quality=1)
-    init: Literal["merge", "none"] = "merge"                             # cold start: exact average of the teachers, or the base
-    objective: Literal["kl"] = "kl"                                      # the per-step loss: KL(student || teacher) in closed form
+    init: str = "merge"                                                  # cold start: merge (exact average of the teachers), truncate (it, to rank --lora-r), factors (A and B apart, as released), none (the base), or a checkpoint (train_sft.py's)
+    objective: Literal["kl", "velocity", "pg", "released"] = "kl"        # the per-step loss, see above
+    reward: Literal["dense", "sampled"] = "dense"                        # for pg: of a step
+    credit: Literal["step", "future"] = "step"                           # for pg: a step's own reward, or that of all supervised later steps too
+    clip: float = 1e-4                                                   # for pg and released: PPO's clip range
+    match: Literal["guided", "branches", "fold"] = "guided"              # what of student and teacher is compared: guided outputs, both branches, or the student's conditional branch with the teacher's guided output
+    extrapolate: float = 1.0                                             # target = base + this * (teacher - base): beyond the teacher if above 1
+    blend: float = 0.0                                                   # target = (1 - this) * own teacher + this * mean of the others: 0 is hard routing
     lam: float = 0.02                                                    # weight of the KL to the anchor (MAR); 0 turns it off
     name: str = "opd"                                                    # run name
     iters: int = 100                                                     # iterations, each one rollout of `batch` images
     batch: int = 64                                                      # trajectories an iteration, over all ranks
     group: int = 4                                                       # G, trajectories a prompt
     steps: int = 8                                                       # K, steps of a rollout
-    noisy: list[int] = field(default_factory=lambda: [0, 5])             # steps FROM TO (exclusive) take noise and are supervised; the rest are ODE
-    rollout: Literal["sde", "cps"] = "sde"                               # how noise is added
+    noisy: list[int] = field(default_factory=lambda: [0, 5])             # steps FROM TO (exclusive) that take noise; the rest are ODE
+    supervised: list[int] = field(default_factory=list)                  # steps FROM TO (exclusive) whose states are supervised (default: the noisy ones)
+    one: bool = False                                                    # of those only one a trajectory, drawn towards low noise: Beta(5, 2)
+    rollout: Literal["sde", "cps", "ode"] = "sde"                        # how noise is added; ode: not at all
     a: float = 0.7                                                       # noise level
     guidance: float = 1.0                                                # w, in rollouts, student and teachers alike
     lora_r: int | None = None                                            # LoRA rank of the student, for --init none (a merge's ranks add up)
@@ -62,6 +89,7 @@ class Config:
     size: int | None = None                                              # side of the images in pixels (default: the tiny world's 32)
     t5: str = ""                                                         # SD3.5's T5: 128 or 256 tokens, or zeros (left out)
     dtype: Literal["float32", "bfloat16"] = "float32"                    # of weights that do not learn
+    keep: int = 0                                                        # also write the student every so many iterations, as student-ITER
     save_every: int = 10                                                 # iterations between resumable states
     compile: bool = False                                                # torch.compile the blocks
     seed: int = 0                                                        # of everything
@@ -72,89 +100,148 @@ class Config:
 PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=10, noisy=[0, 9], guidance=4.5, batch=256, group=16, updates=2, lr=1e-4, micro=4, iters=300)}
 
 
-def opd_kl(v_student, v_target, x, t, t_next, kind, a, t_second):
-    """KL(student || target) of one step from the visited states x, in closed form: (B,), nats per latent element, and a gradient.
+# ------------------------------------------------------------------ the objectives, side by side: (B,) losses at B states
 
-    Both step from the same x with the same std; only the means differ, and they are affine in v:
-    |mean_student - mean_target|^2 / (2 std^2) = w(t) |v_student - v_target|^2: Flow-OPD's dense reward with its sign turned.
-    DEVIATION: the paper's text puts that reward, detached, into a clipped surrogate. It depends on x and not on the sampled x_next, so its
-    expected policy gradient for this step is zero; here the KL itself is differentiated (the released code's "gkd").
+
+class State(NamedTuple):
+    """What the student did at B visited states: x -> x_next (B, C, H, W), from t to t_next (B,); of its own time, what an advantage needs."""
+    x: torch.Tensor
+    x_next: torch.Tensor
+    t: torch.Tensor
+    t_next: torch.Tensor
+    t_second: torch.Tensor   # the schedule's second time
+    kind: str                # of density: sde or cps
+    a: float                 # noise level
+    logp: torch.Tensor       # (B,) log p_S(x_next|x) in the rollout
+    adv: torch.Tensor        # (B,), for pg
+
+
+def gaussian(v, s):
+    """(mean, std) of the step from the states s under velocity v (or under both branches', side by side)."""
+    return step(s.kind, torch.cat([s.x] * (v.shape[1] // s.x.shape[1]), 1), v, s.t, s.t_next, s.a, s.t_second)
+
+
+def kl(v, v_target, s, cfg=None):
+    """D = KL(student || target) = |mean_S - mean_T|^2 / (2 std^2) = w(t) |v_S - v_T|^2, nats per latent element. The mean is affine in v."""
+    mean, std = gaussian(v, s)
+    return gaussian_kl(mean, gaussian(v_target, s)[0], std)
+
+
+def velocity_loss(v, v_target, s, cfg):
+    """|v_S - v_T|^2 without w(t), averaged over elements: DanceOPD's."""
+    return ((v - v_target) ** 2).flatten(1).mean(1)
+
+
+def pg(v, v_target, s, cfg):
+    """-min(ratio A, clip(ratio, 1 - e, 1 + e) A), Flow-OPD eq. 9 as printed. The advantage A (step_reward, credited) is a number, not a function of v."""
+    ratio = (log_prob(s.x_next, *gaussian(v, s)) - s.logp).exp()
+    return -torch.min(ratio * s.adv, ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * s.adv)
+
+
+def released(v, v_target, s, cfg):
+    """The same with A = -D of this very forward, through which the gradient flows too: grad D plus noise. As released, D is divided by sigma_t^2
+    instead of sigma_t^2 dt, and is (B, 1) beside a ratio (B,): so each image gets the mean of its micro-batch."""
+    ratio = (log_prob(s.x_next, *gaussian(v, s)) - s.logp).exp()
+    A = -(kl(v, v_target, s) * (s.t - s.t_next))[:, None]
+    return -torch.min(ratio * A, ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * A).mean(0)
+
+
+OBJECTIVES = {"kl": kl, "velocity": velocity_loss, "pg": pg, "released": released}
+
+
+def step_reward(v, v_target, s, cfg):
+    """The reward of B steps for pg, no gradient: (B,). dense: -D(x), whatever x_next was; sampled: log p_T(x_next|x) - log p_S(x_next|x)."""
+    if cfg.reward == "dense":
+        return -kl(v, v_target, s)
+    return log_prob(s.x_next, *gaussian(v_target, s)) - log_prob(s.x_next, *gaussian(v, s))
+
+
+def credited(reward, group, credit):
+    """reward (B, S), steps in order -> adv (B, S): each step's own, or the sum of its own and all later ones; less the mean of the group at that step.
+
+    The group's mean is a baseline: the other trajectories' part of it changes nothing on average, its own 1/G shrinks the gradient by 1 - 1/G.
     """
-    mean_student, std = step(kind, x, v_student, t, t_next, a, t_second)
-    mean_target, _ = step(kind, x, v_target, t, t_next, a, t_second)
-    return gaussian_kl(mean_student, mean_target, std)
+    adv = reward.flip(1).cumsum(1).flip(1) if credit == "future" else reward
+    return adv - adv.view(-1, group, adv.shape[1]).mean(1).repeat_interleave(group, 0) if group > 1 else adv
 
 
-OBJECTIVES = {"kl": opd_kl}      # each: velocities of student and target at the visited states -> a loss for each state
+# ------------------------------------------------------------------ states and targets
 
 
-def read_teachers(cfg, model, world):
-    """The teachers by task, and the anchor's task (None without MAR). ValueError if a file or the set of them will not do."""
-    if not cfg.teachers:
-        raise ValueError("--teachers: got none, expected adapters written by train_grpo.py, e.g. --teachers ckpt/*.pt")
-    teachers, source = {}, {}
-    for spec in cfg.teachers:
-        label, path = adapters.split_label(spec)
-        teacher = adapters.read(path, model.mmdit, label)
-        task = teacher["task"]
-        if task not in world.TASKS:
-            raise ValueError(f"{spec}: is trained on '{task}', expected one of {', '.join(world.TASKS)}, to which prompts can be routed" + "; say TASK=PATH" * (not task))
-        if task in teachers:
-            raise ValueError(f"{path}: is a second teacher of '{task}', after {source[task]}; a prompt is routed to one")
-        teachers[task], source[task] = teacher, path
-    marked = [task for task, teacher in teachers.items() if teacher["anchor"]]
-    if cfg.anchor and (cfg.anchor not in teachers or not cfg.lam):
-        raise ValueError(f"--anchor {cfg.anchor}: expected the task of a teacher ({', '.join(teachers)}), and --lam > 0; got --lam {cfg.lam}")
-    if cfg.init == "merge" and not cfg.full and any("net" in teacher for teacher in teachers.values()):
-        raise ValueError("--init merge: a teacher is a whole transformer, whose average with others is no adapter; use --full, or --init none")
-    if not cfg.lam:
-        return teachers, None
-    if not cfg.anchor and len(marked) != 1:
-        raise ValueError(f"{len(marked)} of the teachers are marked as the anchor; expected one: say --anchor TASK, or --lam 0 for none")
-    return teachers, cfg.anchor or marked[0]
+def choose(cfg, it, mine):
+    """Which steps' states are supervised: ks (B, S), in order. All of the window, or one a trajectory, Beta(5, 2) of the way through it."""
+    first, end = cfg.supervised
+    if not cfg.one:
+        return torch.arange(first, end).expand(len(mine), -1)
+    way = [np.random.default_rng((cfg.seed, it, i, 5, 2)).beta(5, 2) for i in mine]      # a trajectory's own draw, whatever the ranks
+    return torch.tensor([[first + min(int(u * (end - first)), end - first - 1)] for u in way])
 
 
-def read_ratio(ratio, teachers, default):
-    """["geneval=3", "ocr=1"] -> {"geneval": 3, "ocr": 1}; without any, the default's numbers for the teachers there are."""
-    counts = {}
-    for item in ratio:
-        task, _, n = item.partition("=")
-        if task not in teachers or not n.isdigit() or task in counts:
-            raise ValueError(f"--ratio {item}: expected TASK=N with a teacher's task ({', '.join(teachers)}), each at most once")
-        counts[task] = int(n)
-    if ratio and (set(counts) != set(teachers) or not any(counts.values())):
-        raise ValueError(f"--ratio {' '.join(ratio)}: expected a number for each of {', '.join(teachers)} (0 leaves a task out), not all 0")
-    return counts or {task: default[task] for task in teachers}
+def outputs(net, x, t, text, guidance, match, adapter):
+    """What is compared at B states (B, C, H, W): the guided output or, to match branches, the unconditional and the conditional one (B, 2 C, H, W)."""
+    if match == "branches":
+        return torch.cat(branches(net, x, t, text, adapter), 1).float()
+    return velocity(net, x, t, text, guidance, adapter).float()
 
 
-def routed_velocity(teachers, frozen, routed, x, t, text, guidance):
-    """The velocity of each image's own teacher. routed (B,): index into teachers; x (B, C, H, W), t (B,) -> (B, C, H, W).
+def routed_outputs(teachers, frozen, routed, x, t, text, guidance, match):
+    """outputs of each image's own teacher. routed (B,): index into teachers.
 
     Teachers that are adapters share one base and one forward; one that is a whole transformer runs on its own images.
     """
-    shared = [task for task, teacher in teachers.items() if "net" not in teacher]
-    v = torch.empty_like(x)
+    shared, v = [task for task, teacher in teachers.items() if "net" not in teacher], None
     for net, tasks in [(frozen, shared)] + [(teacher["net"], [task]) for task, teacher in teachers.items() if "net" in teacher]:
         theirs = torch.tensor([list(teachers).index(task) for task in tasks], device=x.device)
         rows, index = (routed[:, None] == theirs).nonzero(as_tuple=True)     # whose teacher is among these, and which one it is
         if len(rows):
-            route = models.Route(tasks, index) if net is frozen else None
-            v[rows] = velocity(net, x[rows], t[rows], text.rows(rows), guidance, route).float()
+            part = outputs(net, x[rows], t[rows], text.rows(rows), guidance, match, models.Route(tasks, index) if net is frozen else None)
+            v = part.new_empty(len(x), *part.shape[1:]) if v is None else v
+            v[rows] = part
+    return v
+
+
+def target(cfg, teachers, frozen, routed, x, t, text):
+    """Where the B states should go: the own teacher's outputs (hard routing), blended with the others', extrapolated away from the base."""
+    def of(routed):
+        return routed_outputs(teachers, frozen, routed, x, t, text, cfg.guidance, cfg.match)
+
+    v, K = of(routed), len(teachers)
+    if cfg.blend:                        # v_target = sum_k alpha_k v_k, sum alpha = 1
+        v = (1 - cfg.blend) * v + cfg.blend * sum(of((routed + k) % K) for k in range(1, K)) / (K - 1)
+    if cfg.extrapolate != 1:             # Gaussians of one variance: p_T^e p_base^(1 - e) is one again, with this mean, so with this v
+        base = outputs(frozen, x, t, text, cfg.guidance, cfg.match, None)
+        v = base + cfg.extrapolate * (v - base)
     return v
 
 
 def check(cfg, world_size, world):
-    """All else that can be known to be wrong before any time is spent."""
-    util.positive(cfg, "iters", "batch", "group", "steps", "a", "lr", "updates", "micro", "save_every")
-    if cfg.init == "none" and not cfg.full:
+    """All else that can be known to be wrong before any time is spent: numbers, and combinations that make no sense."""
+    util.positive(cfg, "iters", "batch", "group", "steps", "a", "lr", "updates", "micro", "save_every", "clip", "extrapolate")
+    if not cfg.full and cfg.init in ("none", "truncate"):
         r, alpha = world.LORA
         cfg.lora_r, cfg.lora_alpha = r if cfg.lora_r is None else cfg.lora_r, alpha if cfg.lora_alpha is None else cfg.lora_alpha
         util.positive(cfg, "lora_r", "lora_alpha")
     elif cfg.lora_r is not None or cfg.lora_alpha is not None:
-        raise ValueError(f"--lora-r {cfg.lora_r} --lora-alpha {cfg.lora_alpha}: are for an adapter from --init none; a merge has the sum of its teachers' ranks")
-    if cfg.lam < 0:
-        raise ValueError(f"--lam {cfg.lam}: expected 0 (no anchor) or more")
+        raise ValueError(f"--lora-r {cfg.lora_r} --lora-alpha {cfg.lora_alpha}: are for an adapter from --init none or truncate; others have the rank they start with")
+    if cfg.lam < 0 or not 0 <= cfg.blend < 1:
+        raise ValueError(f"--lam {cfg.lam} --blend {cfg.blend}: expected lam of 0 (no anchor) or more, and 0 <= blend < 1")
+    cfg.supervised = cfg.supervised or (list(cfg.noisy) if cfg.rollout != "ode" else [0, cfg.steps])
     util.check_rollout(cfg, world_size)
+    if len(cfg.supervised) != 2 or not 0 <= cfg.supervised[0] < cfg.supervised[1] <= cfg.steps:
+        raise ValueError(f"--supervised {cfg.supervised}: expected FROM TO with 0 <= FROM < TO <= --steps {cfg.steps}")
+    inside = cfg.rollout != "ode" and cfg.noisy[0] <= cfg.supervised[0] and cfg.supervised[1] <= cfg.noisy[1]
+    refused = {
+        f"--objective {cfg.objective} --rollout {cfg.rollout} --noisy {cfg.noisy} --supervised {cfg.supervised}: a policy gradient needs a density at every supervised step, "
+        "so noise": cfg.objective in ("pg", "released") and not inside,
+        f"--objective {cfg.objective} --match branches: the density is of the guided output, not of its branches; expected kl or velocity": cfg.match == "branches" and
+        cfg.objective in ("pg", "released"),
+        f"--match {cfg.match} --guidance 1: without guidance there is one branch, and nothing to choose or fold": cfg.match != "guided" and cfg.guidance == 1,
+        f"--reward {cfg.reward} --credit {cfg.credit}: are for --objective pg": cfg.objective != "pg" and (cfg.reward, cfg.credit) != ("dense", "step"),
+        "--credit future --one: there are no later supervised steps to credit": cfg.credit == "future" and cfg.one,
+        f"--rollout cps --supervised {cfg.supervised}: its last step has no noise, so no KL; end before it": cfg.rollout == "cps" and cfg.supervised[1] == cfg.steps}
+    for reason, is_so in refused.items():
+        if is_so:
+            raise ValueError(reason)
 
 
 def main(cfg):
@@ -162,22 +249,23 @@ def main(cfg):
     check(cfg, world_size, importlib.import_module(models.world_name(cfg.model)))
     model = models.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5)
     world = world_of(model, cfg.prompts)
-    teachers, anchor = read_teachers(cfg, model, world)
+    teachers = adapters.read_teachers(cfg.teachers, model, world)
+    anchor = adapters.find_anchor(cfg.anchor, cfg.lam, teachers)
     pattern = [task for task, n in read_ratio(cfg.ratio, teachers, world.RATIO).items() for _ in range(n)]
     folder, names, objective = Path("runs") / cfg.name, list(teachers), OBJECTIVES[cfg.objective]
 
-    # Teachers and anchor: adapters on one frozen base (or whole transformers beside it). The student: one more adapter, a copy of their merge
-    # (or new, for --init none); with --full a whole transformer of its own, from the average of theirs (or the base).
+    # Teachers and anchor: adapters on one frozen base (or whole transformers beside it). The student: one more adapter, from a cold start;
+    # with --full a whole transformer of its own.
     frozen, me = model.mmdit, None if cfg.full else "student"
+    if cfg.blend and len(teachers) == 1:
+        raise ValueError(f"--blend {cfg.blend}: there is one teacher, so none to blend it with")
     net = copy.deepcopy(frozen).float().requires_grad_(True) if cfg.full else frozen
-    if cfg.full and cfg.init == "merge":
-        adapters.average_weights(net, frozen, list(teachers.values()))
+    torch.manual_seed(cfg.seed)
+    cold = adapters.cold_start(cfg, net, frozen, list(teachers.values()))
     for task, teacher in teachers.items():
         if "net" not in teacher:
             frozen.add_adapter(task, teacher["r"], teacher["alpha"], teacher["tensors"])
     if not cfg.full:
-        torch.manual_seed(cfg.seed)
-        cold = models.merge_adapters(list(teachers.values())) if cfg.init == "merge" else {"r": cfg.lora_r, "alpha": cfg.lora_alpha, "tensors": None}
         net.add_adapter(me, cold["r"], cold["alpha"], cold["tensors"], trainable=True)
     net.checkpointing = cfg.checkpointing
     if cfg.compile:
@@ -193,8 +281,10 @@ def main(cfg):
         util.restore(state, net, opt)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     times = schedule(cfg.steps).to(device)
-    supervised = range(*cfg.noisy)
+    noisy, density = range(*cfg.noisy) if cfg.rollout != "ode" else range(0), "sde" if cfg.rollout == "ode" else cfg.rollout
+    w = 1.0 if cfg.match == "fold" else cfg.guidance                         # the student's guidance; the teachers' is cfg.guidance
     prompts, images = cfg.batch // cfg.group, cfg.batch // world_size        # prompts over all ranks, images on this one
+    latents = model.latent_shape()                                           # (C, H, W)
     log = util.Log(folder, rank, settings, first)
 
     def draw(it):
@@ -222,54 +312,65 @@ def main(cfg):
         metas = [metas[i // cfg.group] for i in mine]
         text = encode(model.text, [m["prompt"] for m in metas])
 
-        # 2. Rollout: on policy, the student's own SDE.
-        noise = draw_noise([(cfg.seed, it, i) for i in mine], cfg.steps, model.latent_shape()).to(device)
+        # 2. Rollout: on policy, by the student itself; and which of its states are supervised.
+        noise = draw_noise([(cfg.seed, it, i) for i in mine], cfg.steps, latents).to(device)
         minibatches = [rows.split(cfg.micro) for rows in torch.arange(images, device=device).chunk(cfg.updates)]
         pieces = [i for part in minibatches for i in part]
         with autocast:
-            trajs = [rollout(net, noise[i], times, text.rows(i), cfg.guidance, me, cfg.rollout, cfg.a, supervised) for i in pieces]
+            trajs = [rollout(net, noise[i], times, text.rows(i), w, me, cfg.rollout, cfg.a, noisy) for i in pieces]
         traj = Trajectory(*(torch.cat(parts) for parts in zip(*trajs)))
+        ks = choose(cfg, it, mine).to(device)                                                                # (B, S) step numbers
+        S, shape = ks.shape[1], (images, ks.shape[1])
 
-        # 3. Targets: at every visited state, the velocity of the prompt's own teacher (hard routing), and of the anchor.
+        def at(i, j):
+            """The j-th supervised state of the trajectories i."""
+            k = ks[i, j]
+            return State(traj.x[i, k], traj.x[i, k + 1], times[k], times[k + 1], times[1], density, cfg.a, traj.logp[i, k], adv[i, j])
+
+        # 3. Targets: at every supervised state, by the prompt's own teacher (routing), and by the anchor. For pg, the advantage of the step.
         routed = torch.tensor([names.index(m["task"]) for m in metas], device=device)                        # (B,), index into names
-        v_teacher = torch.empty(images, cfg.steps, *model.latent_shape(), device=device)                     # (B, K, C, H, W)
-        v_anchor = torch.empty_like(v_teacher) if anchor else None
+        v_target = torch.empty(*shape, latents[0] * (2 if cfg.match == "branches" else 1), *latents[1:], device=device)
+        v_anchor, adv, reward = torch.empty_like(v_target) if anchor else None, torch.zeros(shape, device=device), torch.zeros(shape, device=device)
         with torch.no_grad(), autocast:
-            for i, k in product(pieces, supervised):
-                x, t, sub = traj.x[i, k], times[k].expand(len(i)), text.rows(i)
-                v_teacher[i, k] = routed_velocity(teachers, frozen, routed[i], x, t, sub, cfg.guidance)
+            for i, j in product(pieces, range(S)):
+                s, sub = at(i, j), text.rows(i)
+                v_target[i, j] = target(cfg, teachers, frozen, routed[i], s.x, s.t, sub)
                 if anchor:
-                    v_anchor[i, k] = routed_velocity(teachers, frozen, torch.full_like(routed[i], names.index(anchor)), x, t, sub, cfg.guidance)
+                    quality = torch.full_like(routed[i], names.index(anchor))
+                    v_anchor[i, j] = routed_outputs(teachers, frozen, quality, s.x, s.t, sub, cfg.guidance, cfg.match)
+                if cfg.objective == "pg":
+                    reward[i, j] = step_reward(traj.v[i, ks[i, j]], v_target[i, j], s, cfg)
+        adv = credited(reward, cfg.group, cfg.credit)
 
         # 4. Update: pull each supervised step of each trajectory towards its teacher's, and a little towards the anchor's.
-        kls, mar, grad_norm = torch.zeros(images, cfg.steps, device=device), torch.zeros(images, cfg.steps, device=device), 0.0
+        kls, mar, grad_norm = torch.zeros(shape, device=device), torch.zeros(shape, device=device), 0.0
         for group in opt.param_groups:
             group["lr"] = cfg.lr * (1 - it / cfg.iters)
         for part in minibatches:
-            states = list(product(part, supervised))
-            for n, (i, k) in enumerate(states):
+            states = list(product(part, range(S)))
+            for n, (i, j) in enumerate(states):
                 with util.no_sync(student, skip=n < len(states) - 1), autocast:
-                    x, t, t_next = traj.x[i, k], times[k].expand(len(i)), times[k + 1]
-                    v = velocity(student, x, t, text.rows(i), cfg.guidance, me).float()
-                    kl = objective(v, v_teacher[i, k], x, t, t_next, cfg.rollout, cfg.a, times[1])           # (B,)
-                    loss = kl
+                    s = at(i, j)
+                    v = outputs(student, s.x, s.t, text.rows(i), w, cfg.match, me)
+                    loss = objective(v, v_target[i, j], s, cfg)                                              # (B,)
                     if anchor:                                               # MAR: + lam KL(student || anchor), whatever the prompt's task
-                        kl_anchor = opd_kl(v, v_anchor[i, k], x, t, t_next, cfg.rollout, cfg.a, times[1])    # (B,)
-                        loss = kl + cfg.lam * kl_anchor
-                        mar[i, k] = kl_anchor.detach()
-                    (loss.sum() / (images // cfg.updates * len(supervised))).backward()                      # DDP averages over ranks
-                kls[i, k] = kl.detach()
+                        kl_anchor = kl(v, v_anchor[i, j], s)
+                        loss, mar[i, j] = loss + cfg.lam * kl_anchor, kl_anchor.detach()
+                    (loss.sum() / (images // cfg.updates * S)).backward()                                    # DDP averages over ranks
+                kls[i, j] = kl(v.detach(), v_target[i, j], s)
             grad_norm = util.clip(params)
             util.finite(grad_norm, it)
             opt.step()
             opt.zero_grad()
 
         # 5. Log and save.
-        kls, mar, routed = util.gather(kls)[:, list(supervised)], util.gather(mar)[:, list(supervised)], util.gather(routed)
+        kls, mar, routed = util.gather(kls), util.gather(mar), util.gather(routed)
         by_task = {f"kl_{name}": kls[routed == n].mean().item() for n, name in enumerate(names) if (routed == n).any()}
         seconds = time.time() - start
         log({"iter": it + 1, "kl": kls.mean().item(), **by_task, "kl_first": kls[:, 0].mean().item(), "kl_last": kls[:, -1].mean().item(),
              "kl_anchor": mar.mean().item(), "grad_norm": grad_norm, "s/it": seconds, "images/s": cfg.batch / seconds})
+        if cfg.keep and (it + 1) % cfg.keep == 0:
+            save(f"student-{it + 1}")
         if (it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters:
             util.save_state(folder / "state.pt", net, opt, rank, iter=it + 1, settings=settings, base=model.fingerprint)
 

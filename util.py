@@ -275,7 +275,7 @@ def resume(path, settings, base, free=()):
     if not Path(path).exists():
         return None
     state = read_pt(path, ["iter", "settings", "base"])
-    free = {"save_every", "device", "micro", "compile", "world_size", *free}
+    free = {"save_every", "keep", "device", "micro", "compile", "world_size", *free}
     changed = [k for k in settings if k not in free and settings[k] != state["settings"].get(k)] + ["model"] * (base != state["base"])
     if changed:
         raise ValueError(f"{path}: holds a run with another {', '.join(changed)}; give --name NEW, or delete {Path(path).parent} to start over")

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import tiny
+from adapters import merge_adapters
 from tiny import TinyText
-from model import (PREFIX, MMDiT, MMDiTConfig, Resample, Route, VAE, fingerprint, load, merge_adapters, sincos_table,
+from model import (PREFIX, MMDiT, MMDiTConfig, Resample, Route, VAE, fingerprint, load, sincos_table,
                    timestep_embedding, unpatchify)
 
 TINY = MMDiTConfig(depth=3, width=64, head_dim=32, channels=4, patch=2, pos_max=8, context_dim=12, pooled_dim=10, dual=2)
