@@ -167,12 +167,19 @@ def reward_networks(device, dtype, tokenizer):
         return bare(detectors.Detector, torch.nn.ModuleDict({"detector": mask2former, "clip": large()}), device, torch.float32, tokenizer=tokenizer, classifiers={})
 
     def reader():      # how many boxes random weights see means nothing: the text detector, and two lines of text an image
-        net = torch.nn.ModuleDict({"det": PPOCRV5ServerDetForObjectDetection(PPOCRV5ServerDetConfig()), "rec": PPOCRV5ServerRecForTextRecognition(PPOCRV5ServerRecConfig())})
+        intraclass = {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]}      # transformers' config has no default for these
+        for name, k in (("long", 7), ("mid", 5), ("short", 3)):
+            intraclass[f"vertical_long_to_small_conv_{name}ratio"] = [[k, 1], [1, 1], [k // 2, 0]]
+            intraclass[f"horizontal_small_to_long_conv_{name}ratio"] = [[1, k], [1, 1], [0, k // 2]]
+            intraclass[f"symmetric_conv_long_{name}ratio"] = [[k, k], [1, 1], [k // 2, k // 2]]
+        config = PPOCRV5ServerDetConfig(intraclass_block_config=intraclass, scale_factor_list=[1, 2, 4, 8], kernel_list=[3, 2, 2])
+        net = torch.nn.ModuleDict({"det": PPOCRV5ServerDetForObjectDetection(config), "rec": PPOCRV5ServerRecForTextRecognition(PPOCRV5ServerRecConfig())})
         one = bare(detectors.Reader, net, device, torch.float32, characters=["a"] * 18385)
 
         def read(images, prompts):
             one.net["det"](detectors.text_detector_input(detectors.grey_levels(images)).to(device))
             one.recognise([detectors.to_pil(image[:, :48, :320]) for image in detectors.grey_levels(images) for _ in range(2)])
+        read.net = net
         return read
 
     def deqa_scorer():
@@ -217,7 +224,7 @@ def rewards(cfg):
         one(images, said)
         if cfg.device == "cuda":
             torch.cuda.synchronize()
-        results[name] = {"images/s": round(8 / (time.time() - start), 3), "million parameters": round(sum(p.numel() for p in one.net.parameters()) / 1e6) if hasattr(one, "net") else None}
+        results[name] = {"images/s": round(8 / (time.time() - start), 3), "million parameters": round(sum(p.numel() for p in one.net.parameters()) / 1e6)}
         print(name, results[name], flush=True)
         del one
     return results
