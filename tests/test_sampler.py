@@ -269,9 +269,10 @@ def test_draw_noise_is_the_same_whatever_the_batch_cut():
 @pytest.mark.parametrize("kind", ["sde", "cps"])
 def test_steps_outside_noisy_are_the_odes_and_have_logp_0(net, text, kind):
     times, z = schedule(K), noise()
-    x, logp = rollout(net, z, times, text, kind=kind, noisy=[1, 2])
+    x, logp, vs = rollout(net, z, times, text, kind=kind, noisy=[1, 2])
     for k in range(K):
         v = velocity(net, x[:, k], times[k].expand(B), text)
+        assert torch.equal(vs[:, k], v.float())
         mean, std = step(kind if k in (1, 2) else "ode", x[:, k], v, times[k], times[k + 1], 0.7, times[1])
         torch.testing.assert_close(x[:, k + 1], mean + std * z[:, k + 1], rtol=0, atol=1e-5)
         assert (logp[:, k] != 0).all() if k in (1, 2) else (logp[:, k] == 0).all() and (std == 0).all()
@@ -279,7 +280,8 @@ def test_steps_outside_noisy_are_the_odes_and_have_logp_0(net, text, kind):
 
 def test_rollout_states_are_float32_from_the_noise_to_the_sample(net, text):
     """Whatever the network computes in."""
-    x, logp = rollout(lambda *inputs: net(*inputs).bfloat16(), noise(), schedule(K), text)
+    x, logp, v = rollout(lambda *inputs: net(*inputs).bfloat16(), noise(), schedule(K), text)
+    assert v.shape == (B, K, *SHAPE) and v.dtype == torch.float32
     assert x.shape == (B, K + 1, *SHAPE) and logp.shape == (B, K)
     assert x.dtype == logp.dtype == torch.float32 and torch.equal(x[:, 0], noise()[:, 0])
 

@@ -152,11 +152,11 @@ def opd_gradient(model, net, kind="sde"):
     traj = rollout(net, draw_noise([(i,) for i in range(2)], 4, model.latent_shape()), times, text, adapter="student", kind=kind)
     loss = 0
     for k in range(3):
-        t = times[k].expand(2)
-        v = velocity(net, traj.x[:, k], t, text, adapter="student")
+        s = train_opd.State(traj.x[:, k], traj.x[:, k + 1], times[k].expand(2), times[k + 1].expand(2), times[1], kind, 0.7, traj.logp[:, k], None)
+        v = velocity(net, s.x, s.t, text, adapter="student")
         with torch.no_grad():
-            target = velocity(net, traj.x[:, k], t, text, adapter="teacher")
-        loss = loss + train_opd.opd_kl(v, target, traj.x[:, k], t, times[k + 1], kind, 0.7, times[1]).sum()
+            target = velocity(net, s.x, s.t, text, adapter="teacher")
+        loss = loss + train_opd.kl(v, target, s).sum()
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
@@ -208,6 +208,103 @@ def test_a_prompt_is_pulled_to_the_teacher_of_its_own_task_and_to_no_other(here,
     train_opd.main(train_opd.Config(**cfg, name="after"))
     change = closest(tensors("runs/before/student.pt"), tensors("runs/after/student.pt"))
     assert change > 0 if other == "ocr" else change == 0
+
+
+VARIANTS = [dict(objective="velocity"), dict(objective="pg"), dict(objective="pg", credit="future"), dict(objective="pg", reward="sampled"),
+            dict(objective="pg", reward="sampled", credit="future"), dict(objective="released"), dict(rollout="ode"), dict(rollout="cps", noisy=[0, 3]),
+            dict(rollout="ode", objective="velocity", one=True), dict(noisy=[0, 2], supervised=[1, 4]), dict(extrapolate=1.25), dict(blend=0.2),
+            dict(guidance=2.0, match="fold"), dict(guidance=2.0, match="branches"), dict(init="truncate", lora_r=2), dict(init="factors"), dict(init="none")]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()))
+def test_every_variant_trains(here, teachers, variant):
+    """It runs, changes the student, and logs the closed-form KL of the states it supervised."""
+    train_opd.main(train_opd.Config(**{**OPD, "noisy": [0, 4], "iters": 1, **variant}, teachers=teachers))
+    row = log("opd")[0]
+    assert row["kl"] > 0 and row["grad_norm"] > 0 and closest(tensors("runs/opd/init.pt"), tensors("runs/opd/student.pt")) > 0
+
+
+def test_two_ranks_draw_the_same_single_states(here, teachers):
+    args = ["--model", BASE, "--iters", "1", "--steps", "4", "--noisy", "0", "1", "--rollout", "ode", "--objective", "velocity", "--one", "--batch", "8", "--group", "2",
+            "--updates", "1", "--device", "cpu", "--teachers", *teachers]
+    for ranks in (1, 2):
+        assert torchrun(ranks, "train_opd.py", *args, "--name", f"ranks{ranks}").returncode == 0
+    assert log("ranks1")[0]["kl"] == pytest.approx(log("ranks2")[0]["kl"], rel=1e-4)
+
+
+def test_targets_are_the_routed_blended_and_extrapolated_velocities(here, teachers):
+    model = models.load(BASE)
+    net, theirs = model.mmdit, {}
+    for path in teachers:
+        teacher = adapters.read(path, net)
+        theirs[teacher["task"]] = teacher
+        net.add_adapter(teacher["task"], teacher["r"], teacher["alpha"], teacher["tensors"])
+    names, text = list(theirs), encode(model.text, ["a photo of a red circle"] * 3)
+    x, t, routed = torch.randn(3, *model.latent_shape()), torch.full((3,), 0.6), torch.tensor([2, 0, 1])
+    base = velocity(net, x, t, text, 2.0)
+    by_name = [velocity(net, x, t, text, 2.0, name) for name in names]
+
+    def target(**how):
+        return train_opd.target(train_opd.Config(guidance=2.0, **how), theirs, net, routed, x, t, text)
+    own = torch.stack([by_name[k][i] for i, k in enumerate(routed)])
+    others = torch.stack([sum(by_name[k][i] for k in range(3) if k != own_k) / 2 for i, own_k in enumerate(routed)])
+    torch.testing.assert_close(target(), own, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(target(blend=0.3), 0.7 * own + 0.3 * others, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(target(extrapolate=1.5), base + 1.5 * (own - base), rtol=1e-4, atol=1e-5)
+    null, cond = target(match="branches").chunk(2, 1)
+    torch.testing.assert_close(null + 2.0 * (cond - null), own, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(null, cond)
+
+
+def test_folded_student_runs_without_guidance_and_its_teachers_with_it(here, teachers, monkeypatch):
+    seen, real = [], train_opd.velocity
+
+    def spy(net, x, t, text, guidance=1.0, adapter=None):
+        seen.append((guidance, "student" if adapter == "student" else "teacher"))
+        return real(net, x, t, text, guidance, adapter)
+    monkeypatch.setattr(train_opd, "velocity", spy)
+    guided, real_rollout = [], train_opd.rollout
+    monkeypatch.setattr(train_opd, "rollout", lambda *a, **k: guided.append(a[4]) or real_rollout(*a, **k))
+    train_opd.main(train_opd.Config(**{**OPD, "iters": 1}, teachers=teachers, guidance=2.0, match="fold"))
+    assert set(seen) == {(1.0, "student"), (2.0, "teacher")} and set(guided) == {1.0}
+
+
+def test_sft_brings_the_student_to_its_teachers_pictures(here, teachers):
+    """The loss on the teachers' pictures falls below the base's, resumes bit-exactly, and the result is a cold start of stage 2."""
+    import train_sft
+    cfg = dict(model=BASE, teachers=teachers, samples=40, steps=3, iters=40, batch=16, lora_r=8, lora_alpha=16.0, lr=3e-3, device="cpu", save_every=20)
+    train_sft.main(train_sft.Config(**cfg))
+    losses = [row["loss"] for row in log("sft")]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    whole = tensors("runs/sft/student.pt")
+    calls, real = [], train_sft.flow_loss
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 25:
+            raise KeyboardInterrupt
+        return real(*args)
+    train_sft.flow_loss = stopped
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_sft.main(train_sft.Config(**cfg, name="cut"))
+        train_sft.main(train_sft.Config(**cfg, name="cut"))
+    finally:
+        train_sft.flow_loss = real
+    assert len(calls) == 25 + 20 and closest(whole, tensors("runs/cut/student.pt")) == 0
+    train_opd.main(train_opd.Config(**{**OPD, "iters": 1}, teachers=teachers, init="runs/sft/student.pt"))
+    assert closest(whole, tensors("runs/opd/init.pt")) == 0
+
+
+def test_flow_loss_is_zero_for_the_true_velocity():
+    import train_sft
+    x_0, eps, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0.1, 0.5, 0.9])
+
+    def net(x_t, t, context, pooled, adapter):
+        torch.testing.assert_close(x_t, (1 - t.view(3, 1, 1, 1)) * x_0 + t.view(3, 1, 1, 1) * eps)
+        return eps - x_0
+    text = encode(models.load(BASE).text, [""] * 3)
+    assert train_sft.flow_loss(net, x_0, t, eps, text, None).abs().max() < 1e-10
 
 
 def test_mar_is_felt_on_every_task_and_absent_without_lam(here, teachers):
@@ -345,6 +442,21 @@ def bad_files(here):
     torch.save(broken, here / "nan.pt")
 
 
+REFUSED = [(dict(objective="pg", rollout="ode"), "needs a density at every supervised step"), (dict(objective="released", noisy=[0, 2], supervised=[0, 3]), "needs a density"),
+           (dict(objective="pg", match="branches", guidance=2.0), "--match branches: the density is of the guided output"), (dict(match="fold"), "--match fold --guidance 1"),
+           (dict(reward="sampled"), "are for --objective pg"), (dict(objective="pg", credit="future", one=True), "no later supervised steps"),
+           (dict(rollout="cps", noisy=[0, 3], supervised=[0, 4]), "its last step has no noise"), (dict(blend=1.0), "0 <= blend < 1"),
+           (dict(supervised=[3, 9]), "--supervised .*expected FROM TO"), (dict(init="truncate", lora_r=99), "the exact merge has rank 12"),
+           (dict(init="factors", full=True), "is about an adapter's factors"), (dict(init="nowhere.pt"), "nowhere.pt: no such file"), (dict(extrapolate=0.0), "--extrapolate 0")]
+
+
+@pytest.mark.parametrize("change, message", REFUSED, ids=[m for _, m in REFUSED])
+def test_combination_that_makes_no_sense_is_refused_with_the_reason(here, teachers, change, message):
+    with pytest.raises(ValueError, match=message) as e:
+        train_opd.main(train_opd.Config(**{**OPD, **change}, teachers=teachers))
+    assert "\n" not in str(e.value) and not (here / "runs/opd/log.jsonl").exists()
+
+
 BAD = [
     (train_opd, dict(teachers=[]), "--teachers: got none"),
     (train_opd, dict(teachers=["nowhere.pt"]), "nowhere.pt: no such file"),
@@ -449,7 +561,7 @@ def test_every_option_is_read_and_documented(script):
 
 def test_nothing_but_the_declared_packages_is_imported():
     allowed = {"torch", "safetensors", "transformers", "numpy", "tqdm", "PIL", "huggingface_hub",      # transformers brings the last
-               "model", "sampler", "rewards", "util", "tiny", "sd3", "adapters", "prompts"}
+               "model", "sampler", "rewards", "util", "tiny", "sd3", "adapters", "prompts", "scorers", "detectors", "deqa", "mini_sd3"}
     for path in ROOT.glob("*.py"):
         names = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M)
         assert set(names) - allowed <= set(sys.stdlib_module_names), path
