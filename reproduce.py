@@ -104,19 +104,21 @@ def run(name, job, cfg):
     log.parent.mkdir(exist_ok=True)
     seed = job["command"][job["command"].index("--seed") + 1]
     evaluate = ["eval.py", "--ckpts", f"it={job['result']}", "--seed", seed, "--out", f"runs/rep-{name}/eval", "--diversity"]
-    for command in (job["command"], evaluate):
+    choose = ["eval.py", "--ckpts", f"it={job['result']}", "--seed", seed, "--out", f"runs/rep-{name}/train", "--split", "train", "--per-task", "300"]
+    for command in (job["command"], evaluate, choose):
         with open(log, "a") as f:
             done = subprocess.run([*launch, *command], stdout=f, stderr=subprocess.STDOUT, env=env)
         if done.returncode:
             raise ValueError(f"{' '.join(command)} failed; the end of {log} says why")
         trained = time.time() - start if command is job["command"] else trained
-    table = json.loads(Path(f"runs/rep-{name}/eval.json").read_text())
+    table, chosen = (json.loads(Path(f"runs/rep-{name}/{which}.json").read_text()) for which in ("eval", "train"))
     rows = [json.loads(line) for line in Path(f"runs/rep-{name}/log.jsonl").read_text().splitlines()]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     util.write_atomic(OUT / f"{name}.json", json.dumps({
         "job": name, "part": job["part"], "seed": int(seed), "command": " ".join(job["command"]), "commit": commit, "cores": os.cpu_count(), "ranks": cfg.ranks,
         "training seconds (sum of the log)": sum(r["s/it"] for r in rows), "seconds, this start": trained, "iterations": len(rows),
         "table: mean, standard error, n": table["table: mean, standard error, n"]["it"], "diversity": table["diversity"]["it"],
+        "on training prompts (to choose settings by)": chosen["table: mean, standard error, n"]["it"],
         "all scores": table["all scores: mean, standard error"]["it"], "last logged": rows[-1]}, indent=1))
 
 
