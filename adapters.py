@@ -290,6 +290,8 @@ def read(path, net, task=""):
     whole = models.load_mmdit(path, weight.device, weight.dtype)
     if whole.cfg != net.cfg:
         raise ValueError(f"{path}: is a transformer of another shape ({whole.cfg}), expected that of --model ({net.cfg})")
+    if task and metadata.get("task", task) != task:
+        raise ValueError(f"{task}={path}: is called '{task}', but was trained on '{metadata['task']}'")
     return {"task": task or metadata.get("task", ""), "anchor": metadata.get("anchor") == "True", "net": whole}
 
 

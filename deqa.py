@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-from scorers import weights
+from scorers import CLIP_MEAN, normalize, to_uint8, weights
 
 REPO = "zhiyuanyou/DeQA-Score-Mix3"
 
@@ -40,23 +40,18 @@ TOKENIZER = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"  
 # ------------------------------------------------------------------ the image
 
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)            # preprocessor/preprocessor_config.json
-
-
 def pixels_of(images, size):
     """images (N, 3, H, W) in [0, 1] -> (N, 3, size, size) float32, normalised: on a square of the mean colour, then bicubic."""
-    if not torch.isfinite(images).all():
-        raise ValueError("DeQA: got an image with NaN or infinite pixels, expected pixels in [0, 1]")
-    colour = tuple(int(255 * mean) for mean in MEAN)                                             # scorer.py:42
+    colour = tuple(int(255 * mean) for mean in CLIP_MEAN.flatten().tolist())                         # scorer.py:42
     squares = []
-    for array in (images.float() * 255).round().clamp(0, 255).to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy():
+    for array in to_uint8(images):
         height, width = array.shape[:2]
         side = max(height, width)
         square = Image.new("RGB", (side, side), colour)
         square.paste(Image.fromarray(array), ((side - width) // 2, (side - height) // 2))
         squares.append(np.asarray(square.resize((size, size), Image.Resampling.BICUBIC)))
     x = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255
-    return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return normalize(x)                                                                          # CLIP's
 
 
 # ------------------------------------------------------------------ the network. B images, T tokens, D width, h heads of width d

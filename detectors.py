@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 
-from scorers import to_uint8, weights
+from scorers import normalize, to_uint8, weights
 
 # COCO's 80 classes in the order of the detector's labels, in GenEval's spelling (evaluation/object_names.txt), which the prompt files use
 CLASSES = (
@@ -43,7 +43,6 @@ TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}
 THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS = 0.3, 0.9, 16     # evaluate_images.py, main; its NMS threshold of 1 means none
 MAX_INSTANCES = 100                                           # mmdet's test_cfg.max_per_image
 COCO_MEAN, COCO_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, of pixels in 0 .. 255
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 BATCH = 8                                                     # images in one forward
 
 
@@ -187,7 +186,7 @@ def clip_input(image, size=224):
     image = image.resize(scale_to, Image.BICUBIC)
     x0, y0 = round((image.width - size) / 2), round((image.height - size) / 2)
     x = torch.from_numpy(np.array(image.crop((x0, y0, x0 + size, y0 + size)))).permute(2, 0, 1) / 255
-    return (x - per_channel(CLIP_MEAN, x)) / per_channel(CLIP_STD, x)
+    return normalize(x)
 
 
 def text_embeddings(clip, tokenizer, texts):

@@ -31,7 +31,7 @@ import adapters
 import model as models
 import util
 from prompts import read_file, world_of
-from rewards import SCALE, parse_reward, score
+from rewards import SCALE, check_rewards, parse_reward, score
 from sampler import draw_noise, encode, sample, schedule
 
 
@@ -61,7 +61,7 @@ class Config:
     device: str = "auto"                                                 # auto, cuda, mps, cpu
 
 
-# Defaults that --model changes; GenEval has 553 prompts and takes 4 images of each.
+# Defaults that --model changes. GenEval has 553 prompts and takes 4 images of each, 2,212: rounded down for 8 ranks.
 PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=40, guidance=4.5, batch=8, per_task=2208, also=[])}
 
 
@@ -92,8 +92,9 @@ def summarise(scores, metas, world):
 
     Given the difference of two models' scores on the same prompts and noise, the errors are those of the paired difference.
     """
-    out, tags = {}, world.TAGS
-    for tag in tags if "geneval" in scores else ():
+    out = {}
+    tags = [tag for tag in world.TAGS if any(meta["tag"] == tag for meta in metas["geneval"])] if "geneval" in scores else []      # those there are
+    for tag in tags:
         rows = [i for i, m in enumerate(metas["geneval"]) if m["tag"] == tag]
         out[tag] = [*mean_se(scores["geneval"][rows]), len(rows)]
     for task in scores:
@@ -131,7 +132,6 @@ def markdown(title, rows, columns, sign=""):
 def report(results, differences, last, tags, tasks):
     """Both tables, as printed and as written to OUT.md."""
     n = next(iter(results.values()))
-    tags = tags if "geneval" in tasks else ()
     text = markdown("model", results, [*tags, *tasks, "average"])
     text += "mean ± standard error; n = " + "".join(f"{n[tag][2]} {tag.replace('_', ' ')}, " for tag in tags) + ", ".join(f"{n[t][2]} {t}" for t in tasks) + ", per model\n"
     if differences:
@@ -188,7 +188,8 @@ def generate(cfg, model, found, times, autocast, rank, world_size):
             text = encode(model.text, [asked[j] for j in i])
             noise = draw_noise([(cfg.seed, "prompt", int(j)) for j in i], 0, model.latent_shape()).to(times.device)
             with torch.no_grad(), autocast:
-                images = model.images(sample(net, noise, times, text, cfg.guidance, adapter))
+                latents = sample(net, noise, times, text, cfg.guidance, adapter)
+            images = model.images(latents)                               # the VAE computes in float32
             for j, image in zip(i, images):
                 path = Path(cfg.out) / label / names[j]
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,9 +204,9 @@ def generate(cfg, model, found, times, autocast, rank, world_size):
 def main(cfg):
     rank, world_size, device = util.setup(cfg.device, cfg.seed)
     util.positive(cfg, "steps", "batch", "each")
-    model = models.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5)
-    world = world_of(model, cfg.prompts)
+    world = world_of(models.world_name(cfg.model), cfg.prompts)
     tasks = cfg.tasks or world.TASKS
+    model = models.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5)
     found = read_models(cfg, model)
     times, start = schedule(cfg.steps).to(device), time.time()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -216,12 +217,18 @@ def main(cfg):
     for task in tasks:
         if task not in world.TASKS or tasks.count(task) > 1:
             raise ValueError(f"--tasks {task}: expected some of {', '.join(world.TASKS)}, each once")
+        if task not in world.SCORE:
+            raise ValueError(f"--tasks {task}: has no score of its own; expected some of {', '.join(world.SCORE)}. Draw pictures (--prompt-file), then python rewards.py NAME ...")
     if not len(tasks) <= cfg.rows <= cfg.per_task:
         raise ValueError(f"--rows {cfg.rows}: expected at least one a task ({len(tasks)}), at most --per-task {cfg.per_task}")
     if cfg.per_task < 2 * len(world.TAGS) or cfg.per_task % world_size:
         raise ValueError(f"--per-task {cfg.per_task}: expected at least {2 * len(world.TAGS)} images a task, a multiple of the {world_size} rank(s)")
     specs = {task: parse_reward(",".join(dict.fromkeys([world.SCORE[task], *cfg.also] + ["geneval_strict"] * (task == "geneval")))) for task in tasks}
     metas = {task: world.eval_prompts(task, cfg.per_task, cfg.split) for task in tasks}
+    tags = [tag for tag in world.TAGS if any(meta["tag"] == tag for meta in metas.get("geneval", ()))]
+    if "geneval" in tasks and not tags:
+        raise ValueError(f"--prompts geneval=...: none of its prompts has a tag of {', '.join(world.TAGS)}")
+    check_rewards(specs, model, world, cfg.split, device)
     share = cfg.per_task // world_size
     mine = range(rank * share, (rank + 1) * share)
     model.text.prepare([meta["prompt"] for task in tasks for meta in metas[task]], rank, world_size)
@@ -243,7 +250,7 @@ def main(cfg):
                 images = model.images(latents)
                 judged.append(judge.submit(score, specs[task], images, batch, world))      # while the next batch is sampled
                 small.append(F.adaptive_avg_pool2d(images, 32))
-                shown[label] += [(m["prompt"], image.cpu()) for m, image in zip(batch, images)][:wanted - len(shown[label])]
+                shown[label] += [(m["prompt"], image.cpu()) for m, image in zip(batch, images[:max(0, wanted - len(shown[label]))])]
                 bar.update(len(i))
             parts = {name: [future.result()[name] for future in judged] for name in specs[task]}
             if cfg.diversity:
@@ -257,7 +264,7 @@ def main(cfg):
     results = {label: summarise(s, metas, world) for label, s in main_scores.items()}
     differences = gaps(main_scores, metas, world)
     last = list(found)[-1]
-    text = report(results, differences, last, world.TAGS, tasks)
+    text = report(results, differences, last, tags, tasks)
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text(text)

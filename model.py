@@ -261,6 +261,8 @@ class MMDiT(nn.Module):
         """
         h, w = x.shape[-2] // self.cfg.patch, x.shape[-1] // self.cfg.patch
         dtype = self.context_embedder.weight.dtype
+        if torch.is_autocast_enabled(x.device.type):      # float32 weights then compute as bfloat16 ones do, residual stream included
+            dtype = torch.get_autocast_dtype(x.device.type)
         c = self.t_embedder(timestep_embedding(t).to(dtype)) + self.y_embedder(pooled.to(dtype))     # (B, D)
         context = self.context_embedder(context.to(dtype))                                           # (B, L, D)
         y = self.x_embedder(x.to(dtype)) + self.positions(h, w).to(dtype)                            # (B, N, D)

@@ -11,12 +11,14 @@ import importlib
 import json
 from pathlib import Path
 
+import numpy as np
+
 from rewards import check_geneval_meta, ocr_target
 
 FILES = {"train": ("train_metadata.jsonl", "train.txt"), "eval": ("test_metadata.jsonl", "test.txt", "evaluation_metadata.jsonl")}
 
 
-def read_file(path, task):
+def read_file(path, task, world=None):
     """A file of prompts -> list of dicts with "prompt", "task" and, as given, "tag", "include", "exclude". ValueError names the malformed line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -32,6 +34,7 @@ def read_file(path, task):
                 raise ValueError(f"got {line.strip()[:80]!r}, expected a JSON object with a \"prompt\"")
             if task == "geneval" or "include" in meta:
                 check_geneval_meta(meta)
+                getattr(world, "check_meta", lambda meta: None)(meta)      # are these things that this world's detector knows?
             if task == "ocr":
                 ocr_target(meta["prompt"])
         except json.JSONDecodeError as e:
@@ -44,14 +47,14 @@ def read_file(path, task):
     return metas
 
 
-def read_folder(path, task):
+def read_folder(path, task, world=None):
     """{split: prompts} of what a folder (or a single evaluation file) has."""
     if Path(path).is_file():
-        return {"eval": read_file(path, task)}
+        return {"eval": read_file(path, task, world)}
     found = {split: [Path(path) / name for name in names if (Path(path) / name).is_file()] for split, names in FILES.items()}
     if not any(found.values()):
         raise ValueError(f"--prompts {task}={path}: expected a folder with {', '.join(n for names in FILES.values() for n in names)}, or such a file")
-    return {split: read_file(files[0], task) for split, files in found.items() if files}
+    return {split: read_file(files[0], task, world) for split, files in found.items() if files}
 
 
 class Prompted:
@@ -96,12 +99,21 @@ def read_ratio(ratio, teachers, default):
     return counts or {task: default[task] for task in teachers}
 
 
-def world_of(model, prompts=()):
-    """The world that a model's pictures are judged in (the module with its prompts, detector, reader and quality score), with --prompts TASK=DIR's prompts."""
-    world, sets = importlib.import_module(model.world), {}
+def world_of(name, prompts=()):
+    """The world that pictures are judged in (the module with its prompts, detector, reader and quality score), with --prompts TASK=DIR's prompts.
+
+    name: "tiny" or "sd3", as model.world_name(--model) says.
+    """
+    world, sets = importlib.import_module(name), {}
     for item in prompts:
         task, equals, path = item.partition("=")
         if not (task and equals and path) or task in sets:
             raise ValueError(f"--prompts {item}: expected TASK=DIR, each task once")
-        sets[task] = read_folder(path, task)
+        sets[task] = read_folder(path, task, world)
     return Prompted(world, sets) if sets else world
+
+
+def check_prompts(world, tasks, split="train"):
+    """Draw one prompt of each task: a task that has none says so now."""
+    for task in tasks:
+        world.draw_prompt(np.random.default_rng(0), task, split)

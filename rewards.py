@@ -36,6 +36,7 @@ import importlib
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -252,6 +253,9 @@ REWARDS = {
 SCALE = {"pickscore": 26, "clipscore": 30, "deqa": 5, "unifiedreward": 5, "qwenvl": 5, "jpeg_compressibility": 500}
 
 
+CHEAP = {"geneval", "geneval_strict", "geneval_benchmark", "ocr", "quality"}      # in the tiny world; checked on more prompts
+
+
 def parse_reward(spec: str) -> dict[str, float]:
     """'geneval' -> {'geneval': 1.0}; 'geneval=0.5,ocr=0.5' -> {'geneval': 0.5, 'ocr': 0.5}."""
     weights = {}
@@ -301,16 +305,31 @@ def score(spec: dict, images, metas, world) -> dict:
     return {**parts, "total": sum(weight * parts[name] / SCALE.get(name, 1) for name, weight in spec.items())}
 
 
+def check_rewards(rewards, model, world, split="train", device="cpu"):
+    """Score grey images, on the device, against some prompts of each task: a reward that does not fit its task, or can't be reached, stops here.
+
+    rewards: {task: spec}. What has weights is loaded by this, before any time is spent on sampling.
+    """
+    images = torch.full((4, 3, model.resolution, model.resolution), 0.5, device=device)
+    for task, spec in rewards.items():
+        metas = [world.draw_prompt(np.random.default_rng(seed), task, split) for seed in range(16)]
+        try:
+            for i in range(0, 16, 4) if set(spec) <= CHEAP else (0,):
+                score(spec, images, metas[i:i + 4], world)
+        except ValueError as e:
+            raise ValueError(f"--reward {'+'.join(spec)} does not fit task '{task}': {e}") from None
+
+
 # ------------------------------------------------------------------ command line: score a folder
 
 
 @dataclass
 class Config:
     name: str = ""                    # a reward, or a sum such as deqa=0.4,pickscore=0.6
-    images: str = ""                  # folder of images; sorted by name they go with the prompts, k to each if there are k times as many
+    images: str = ""                  # folder of images; in the order of their numbers they go with the prompts, k to each if there are k times as many
     prompts: str = ""                 # a .txt with one prompt a line, or GenEval's .jsonl
     world: str = "sd3"                # whose detector and reader: sd3 or tiny
-    out: str = ""                     # default: IMAGES/NAME.jsonl
+    out: str = ""                     # where to (default: IMAGES/NAME.jsonl); rows of unchanged images in it are not scored again
     batch: int = 8                    # images at a time
     device: str = "auto"              # auto, cuda, mps, cpu
 
@@ -321,6 +340,17 @@ def read_image(path):
         return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) / 255
     except OSError as e:
         raise ValueError(f"{path}: is not an image that Pillow reads: {e}") from None
+
+
+def place(path):
+    """Images are in the order of the last number in their names (0009.png, 10.png, PROMPT_000011.png), then of the names."""
+    numbers = re.findall(r"\d+", path.stem)
+    return int(numbers[-1]) if numbers else -1, path.name
+
+
+def stamp(path):
+    """What tells that an image is still the one that was scored."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def already(path):
@@ -341,22 +371,26 @@ def main(cfg):
     if not (cfg.name and cfg.images and cfg.prompts) or cfg.world not in ("sd3", "tiny") or cfg.batch < 1:
         raise ValueError(f"--world {cfg.world} --batch {cfg.batch}: expected python rewards.py NAME IMAGES_DIR PROMPTS_FILE [--world sd3 or tiny] [--batch at least 1]")
     spec, world = parse_reward(cfg.name), importlib.import_module(cfg.world)
-    metas = read_file(cfg.prompts, next((task for task in ("geneval", "ocr") if any(task in name for name in spec)), "prompt"))
-    files = sorted(f for f in Path(cfg.images).glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    metas = read_file(cfg.prompts, next((task for task in ("geneval", "ocr") if any(task in name for name in spec)), "prompt"), world)
+    files = sorted((f for f in Path(cfg.images).glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")), key=place)
     if not files or len(files) % len(metas):
         raise ValueError(f"{cfg.images}: has {len(files)} images for the {len(metas)} prompts of {cfg.prompts}; expected as many, or a whole multiple")
     each, out = len(files) // len(metas), Path(cfg.out or Path(cfg.images) / f"{cfg.name}.jsonl")
     rows = already(out)
-    todo = [(file, metas[i // each]) for i, file in enumerate(files) if rows.get(file.name, {}).get("prompt") != metas[i // each]["prompt"]]
-    if todo:                           # what is kept is written back whole, without a half line at its end
-        util.write_atomic(out, "".join(json.dumps(row) + "\n" for row in rows.values()))
+    def done(file, meta):
+        row = rows.get(file.name, {})
+        return row.get("prompt") == meta["prompt"] and row.get("stamp") == stamp(file) and set(spec) <= set(row)
+
+    todo = [(file, metas[i // each]) for i, file in enumerate(files) if not done(file, metas[i // each])]
+    rows = {file.name: rows[file.name] for i, file in enumerate(files) if done(file, metas[i // each])}
+    util.write_atomic(out, "".join(json.dumps(row) + "\n" for row in rows.values()))      # what is kept, without a half line at its end
     bar = tqdm(total=len(files), initial=len(files) - len(todo), desc=cfg.name, unit="image")
     for chunk in (todo[i:i + cfg.batch] for i in range(0, len(todo), cfg.batch)):
         pairs = [(read_image(file), file, meta) for file, meta in chunk]
         for _, same in groupby(pairs, key=lambda pair: pair[0].shape):
             images, names, part = zip(*same)
             scores = score(spec, torch.stack(images).to(device), list(part), world)
-            new = [{"image": file.name, "prompt": meta["prompt"], "tag": meta["tag"], **{name: float(v[j]) for name, v in scores.items()}}
+            new = [{"image": file.name, "prompt": meta["prompt"], "tag": meta["tag"], "stamp": stamp(file), **{name: float(v[j]) for name, v in scores.items()}}
                    for j, (file, meta) in enumerate(zip(names, part))]
             with open(out, "a") as f:
                 f.write("".join(json.dumps(row) + "\n" for row in new))

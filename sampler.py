@@ -146,7 +146,7 @@ def draw_noise(keys, K, shape):
 
     Each trajectory has its own key and so its own numbers, however the batch is cut over minibatches and ranks.
     """
-    return torch.stack([torch.randn(K + 1, *shape, generator=generator(*key)) for key in keys])
+    return torch.stack([torch.randn(K + 1, *shape, generator=generator(*key), dtype=torch.float32) for key in keys])
 
 
 class Trajectory(NamedTuple):

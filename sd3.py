@@ -13,6 +13,7 @@ Sources: SD3 arXiv 2403.03206, Stability-AI/sd3.5; GenEval arXiv 2310.11513, djg
 """
 import hashlib
 import os
+import shutil
 import zlib
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 from transformers.utils import logging
 
-from detectors import CLASSES, COLORS
+from detectors import CLASSES, COLORS, check_classes
 from model import Model, find, load_mmdit, load_vae
 from rewards import RELATIONS, scorer
 
@@ -113,12 +114,19 @@ class SD3Text:
     @torch.no_grad()
     def prepare(self, prompts, rank=0, world_size=1, batch=16):
         """Encode each prompt (and the empty one) that is not on the disk yet: this rank its share. The encoders are in memory only meanwhile."""
-        todo = [p for p in dict.fromkeys([*prompts, ""]) if not self.file(p).exists()][rank::world_size]
+        share = list(dict.fromkeys([*prompts, ""]))[rank::world_size]        # of all prompts, so that no rank depends on how far another is
+        todo = [p for p in share if not self.file(p).exists()]
         if not todo:
             return
+        self.cache.mkdir(parents=True, exist_ok=True)
+        size, free = len(todo) * world_size * (CLIP_TOKENS * 4096 + self.tokens * 8192 * (self.t5 != "zeros")), shutil.disk_usage(self.cache).free
+        if size > free:
+            raise ValueError(f"{self.cache}: the embeddings of about {len(todo) * world_size} prompts need {size / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free; "
+                             "make room, link runs/text to a larger disk, or lower --iters")
+        if rank == 0 and size > 1e9:
+            print(f"text: encoding about {len(todo) * world_size} prompts into {self.cache}, {size / 1e9:.0f} GB", flush=True)
         tokenizers = [AutoTokenizer.from_pretrained(self.folder / f"tokenizer{part}") for part in self.parts]
         encoders = [self.encoder(T5EncoderModel if part == "_3" else CLIPTextModelWithProjection, part) for part in self.parts]
-        self.cache.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=len(todo), desc="text", unit="prompt", disable=rank > 0)
         for chunk in (todo[i:i + batch] for i in range(0, len(todo), batch)):
             for row, prompt in zip(zip(*self.encode(tokenizers, encoders, chunk)), chunk):
@@ -127,6 +135,9 @@ class SD3Text:
                 os.replace(tmp, self.file(prompt))
             bar.update(len(chunk))
         bar.close()
+        del encoders
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()             # 11 GB, for the policy and for a judge on the same card
 
     def encode(self, tokenizers, encoders, prompts):
         """prompts -> clip (B, 77, 768 + 1280), pooled (B, 768 + 1280), t5 (B, tokens, 4096), the last only if T5 is not left out."""
@@ -234,3 +245,11 @@ def detect(images, metas):
 
 def read(images):
     return scorer("reader", images.device)(images)
+
+
+def check_meta(meta):
+    """ValueError if a GenEval prompt names what the detector does not know, and so could never score."""
+    check_classes([meta])
+    for clause in meta["include"]:
+        if clause.get("color", COLORS[0]) not in COLORS:
+            raise ValueError(f"GenEval prompt {meta['prompt']!r}: got color {clause['color']!r}, expected one of {', '.join(COLORS)}")

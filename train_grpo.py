@@ -26,8 +26,8 @@ from tqdm import tqdm
 import adapters
 import model as models
 import util
-from prompts import world_of
-from rewards import offload, parse_reward, score
+from prompts import check_prompts, world_of
+from rewards import check_rewards, offload, parse_reward, score
 from sampler import Trajectory, draw_noise, encode, gaussian_kl, log_prob, rollout, schedule, step, velocity
 
 
@@ -112,27 +112,21 @@ def check(cfg, world_size, world):
         raise ValueError(f"--group {cfg.group}: an advantage compares images of one prompt, so at least 2 are needed")
     if cfg.beta < 0 or cfg.clip <= 0:
         raise ValueError(f"--beta {cfg.beta} --clip {cfg.clip}: expected beta >= 0 and clip > 0")
+    if not cfg.reward and not set(cfg.tasks) <= set(world.REWARD):
+        raise ValueError(f"--tasks {' '.join(cfg.tasks)}: {', '.join(t for t in cfg.tasks if t not in world.REWARD)} has no reward of its own; expected --reward, one a task")
+    check_prompts(world, cfg.tasks)
     util.check_rollout(cfg, world_size)
-
-
-def check_rewards(rewards, model, world):
-    """Score a grey image against some prompts of each task: a reward that does not fit its task, or can't be reached, stops here."""
-    images = torch.full((16, 3, model.resolution, model.resolution), 0.5)
-    for task, spec in rewards.items():
-        metas = [world.draw_prompt(np.random.default_rng(seed), task, "train") for seed in range(len(images))]
-        try:
-            score(spec, images, metas, world)
-        except ValueError as e:
-            raise ValueError(f"--reward {'+'.join(spec)} does not fit task '{task}': {e}") from None
 
 
 def main(cfg):
     rank, world_size, device = util.setup(cfg.device, cfg.seed)
-    model = models.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5)
-    world = world_of(model, cfg.prompts)
+    world = world_of(models.world_name(cfg.model), cfg.prompts)
     check(cfg, world_size, world)
     rewards = {task: parse_reward(spec) for task, spec in zip(cfg.tasks, cfg.reward or [world.REWARD[t] for t in cfg.tasks])}
-    check_rewards(rewards, model, world)
+    model = models.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5)
+    check_rewards(rewards, model, world, device=device)
+    if cfg.offload:
+        offload()
     pattern = [task for task, n in zip(cfg.tasks, cfg.ratio or [1] * len(cfg.tasks)) for _ in range(n)]
     name = cfg.name or "grpo-" + "-".join(cfg.tasks)
     folder = Path("runs") / name
@@ -155,6 +149,7 @@ def main(cfg):
     if state:
         first = state["iter"]
         util.restore(state, net, opt)
+        state.clear()                                                        # with --full it is 30 GB
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     times = schedule(cfg.steps).to(device)
     trained = range(*cfg.noisy)
@@ -230,10 +225,12 @@ def main(cfg):
                     mean, std = step(cfg.rollout, x, v, t, t_next, cfg.a, times[1])
                     logp = log_prob(x_next, mean, std)
                     loss, ratio = ppo_loss(logp, traj.logp[i, k], adv[i], cfg.clip)
-                    with torch.no_grad():
-                        v_ref = velocity(frozen, x, t, sub, cfg.guidance, None).float()
-                        mean_ref, _ = step(cfg.rollout, x, v_ref, t, t_next, cfg.a, times[1])
-                    kl = gaussian_kl(mean, mean_ref, std)
+                    kl = torch.zeros_like(logp)
+                    if cfg.beta:
+                        with torch.no_grad():
+                            v_ref = velocity(frozen, x, t, sub, cfg.guidance, None).float()
+                            mean_ref, _ = step(cfg.rollout, x, v_ref, t, t_next, cfg.a, times[1])
+                        kl = gaussian_kl(mean, mean_ref, std)
                     loss = ((loss + cfg.beta * kl) * keep[i]).sum() / (kept * len(trained))
                     (loss * world_size).backward()                           # DDP averages over ranks; the loss above is a share of a sum
                 ratios[i, k - trained[0]], kls[i, k - trained[0]] = ratio.detach(), kl.detach()

@@ -34,7 +34,6 @@ Papers: Flow-OPD arXiv 2605.08063; sampled: Thinking Machines 2025; closed form:
 2606.27377; both branches: PDM arXiv 2607.24731; folding, extrapolation: GFD-OPD (2026).
 """
 import copy
-import importlib
 import time
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -48,7 +47,7 @@ from tqdm import tqdm
 import adapters
 import model as models
 import util
-from prompts import read_ratio, world_of
+from prompts import check_prompts, read_ratio, world_of
 from sampler import Trajectory, branches, draw_noise, encode, gaussian_kl, log_prob, rollout, schedule, step, velocity
 
 
@@ -58,7 +57,7 @@ class Config:
     model: str = "ckpt/tiny.safetensors"                                 # the base, the same for all: the tiny world's file, or SD3.5's folder or hub name
     prompts: list[str] = field(default_factory=list)                     # TASK=DIR: that folder's prompts (prompts.py) instead of the world's own
     anchor: str = ""                                                     # the task whose teacher anchors all prompts (default: the file marked so)
-    ratio: list[str] = field(default_factory=list)                       # prompts of each teacher's task (default: the world's, geneval=3 ocr=1 quality=1)
+    ratio: list[str] = field(default_factory=list)                       # prompts of each teacher's task (default: the world's, e.g. geneval=3 ocr=1 quality=1)
     init: str = "merge"                                                  # cold start: merge (exact average of the teachers), truncate (it, to rank --lora-r), factors (A and B apart, as released), none (the base), or a checkpoint (train_sft.py's)
     objective: Literal["kl", "velocity", "pg", "released"] = "kl"        # the per-step loss, see above
     reward: Literal["dense", "sampled"] = "dense"                        # for pg: of a step
@@ -246,12 +245,14 @@ def check(cfg, world_size, world):
 
 def main(cfg):
     rank, world_size, device = util.setup(cfg.device, cfg.seed)
-    check(cfg, world_size, importlib.import_module(models.world_name(cfg.model)))
+    world = world_of(models.world_name(cfg.model), cfg.prompts)
+    check(cfg, world_size, world)
     model = models.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5)
-    world = world_of(model, cfg.prompts)
     teachers = adapters.read_teachers(cfg.teachers, model, world)
     anchor = adapters.find_anchor(cfg.anchor, cfg.lam, teachers)
-    pattern = [task for task, n in read_ratio(cfg.ratio, teachers, world.RATIO).items() for _ in range(n)]
+    ratio = read_ratio(cfg.ratio, teachers, world.RATIO)
+    pattern = [task for task, n in ratio.items() for _ in range(n)]
+    check_prompts(world, set(pattern))
     folder, names, objective = Path("runs") / cfg.name, list(teachers), OBJECTIVES[cfg.objective]
 
     # Teachers and anchor: adapters on one frozen base (or whole transformers beside it). The student: one more adapter, from a cold start;
@@ -279,6 +280,7 @@ def main(cfg):
     if state:
         first = state["iter"]
         util.restore(state, net, opt)
+        state.clear()                                                        # with --full it is 30 GB
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     times = schedule(cfg.steps).to(device)
     noisy, density = range(*cfg.noisy) if cfg.rollout != "ode" else range(0), "sde" if cfg.rollout == "ode" else cfg.rollout
@@ -301,7 +303,7 @@ def main(cfg):
 
     model.text.prepare([meta["prompt"] for it in range(first, cfg.iters) for meta in draw(it)], rank, world_size)
     util.barrier()
-    if not state:
+    if state is None:
         save("init")
 
     for it in tqdm(range(first, cfg.iters), initial=first, total=cfg.iters, desc=cfg.name, disable=rank > 0):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import adapters
 import model as models
 import util
-from prompts import read_ratio, world_of
+from prompts import check_prompts, read_ratio, world_of
 from sampler import draw_noise, encode, expand, sample, schedule
 
 
@@ -74,10 +74,12 @@ def check(cfg, world_size):
 def main(cfg):
     rank, world_size, device = util.setup(cfg.device, cfg.seed)
     check(cfg, world_size)
+    world = world_of(models.world_name(cfg.model), cfg.prompts)
     model = models.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5)
-    world = world_of(model, cfg.prompts)
     teachers = adapters.read_teachers(cfg.teachers, model, world)
-    pattern = [task for task, n in read_ratio(cfg.ratio, teachers, world.RATIO).items() for _ in range(n)]
+    ratio = read_ratio(cfg.ratio, teachers, world.RATIO)
+    pattern = [task for task, n in ratio.items() for _ in range(n)]
+    check_prompts(world, set(pattern))
     net, folder = model.mmdit, Path("runs") / cfg.name
     for task, teacher in teachers.items():
         if "net" not in teacher:

@@ -1,4 +1,4 @@
-"""The plumbing that teaches nothing: command line, process group, atomic files, metrics log, moving average."""
+"""The plumbing that teaches nothing: command line, process group, atomic files, metrics log."""
 import argparse
 import contextlib
 import dataclasses
@@ -234,7 +234,7 @@ def write_atomic(path, text):
 def read_pt(path, keys):
     """torch.load of plain tensors and containers (never pickled code), with the keys it must have."""
     try:
-        obj = torch.load(path, map_location="cpu", weights_only=True)
+        obj = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except pickle.UnpicklingError:
@@ -252,7 +252,7 @@ WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_froz
 
 
 def weights(net):
-    """What learns in a net, as whole tensors on the CPU, sharded or not: {name: tensor}. Every rank has to ask; without FSDP2 each gets it, with it rank 0."""
+    """What learns in a net, as whole tensors on the CPU, sharded or not: {name: tensor}. Every rank has to ask; rank 0 gets them."""
     learn = {name for name, p in net.named_parameters() if p.requires_grad}
     return {name: x for name, x in dcp.get_model_state_dict(net, options=WHOLE).items() if name in learn}
 
@@ -275,7 +275,7 @@ def resume(path, settings, base, free=()):
     if not Path(path).exists():
         return None
     state = read_pt(path, ["iter", "settings", "base"])
-    free = {"save_every", "keep", "device", "micro", "compile", "world_size", *free}
+    free = {"save_every", "keep", "device", "micro", "compile", "checkpointing", "offload", "world_size", *free}
     changed = [k for k in settings if k not in free and settings[k] != state["settings"].get(k)] + ["model"] * (base != state["base"])
     if changed:
         raise ValueError(f"{path}: holds a run with another {', '.join(changed)}; give --name NEW, or delete {Path(path).parent} to start over")

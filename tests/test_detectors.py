@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import detectors
 from detectors import CLASSES, COLORS, Detector, Reader
+from scorers import CLIP_MEAN, CLIP_STD
 
 FONTS = sorted(glob.glob("/usr/share/fonts/truetype/dejavu/DejaVuS*.ttf"))[::4]
 
@@ -170,11 +171,11 @@ def test_clip_input_is_clips(size):
         resized = image.resize((224, side) if size[0] < size[1] else (side, 224), Image.BICUBIC)
         start = round(margin / 2)  # torchvision's center_crop rounds half to even
         x = np.asarray(resized)[start:start + 224] if size[0] < size[1] else np.asarray(resized)[:, start:start + 224]
-        theirs = torch.from_numpy((x / 255 - detectors.CLIP_MEAN) / detectors.CLIP_STD).permute(2, 0, 1).float()
+        theirs = torch.from_numpy((x / 255 - CLIP_MEAN.flatten().numpy()) / CLIP_STD.flatten().numpy()).permute(2, 0, 1).float()
     else:
         theirs = torch.as_tensor(np.array(CLIPImageProcessorPil()(image)["pixel_values"][0]))
     assert ours.shape == theirs.shape == (3, 224, 224)
-    assert (ours - theirs).abs().max() < 1.01 / 255 / min(detectors.CLIP_STD)
+    assert (ours - theirs).abs().max() < 1.01 / 255 / CLIP_STD.min()
 
 
 # ------------------------------------------------------------------ the whole detector, on small random networks

@@ -310,8 +310,17 @@ def test_a_network_is_loaded_once_a_process_and_only_when_asked_for(constants):
     for _ in range(2):
         score({"deqa": 1.0}, torch.zeros(1, 3, 8, 8), [SINGLE], World())
     assert constants == [("deqa", "cpu", torch.float32)]
+
+
+def test_offload_moves_every_loaded_scorer_off_and_the_next_use_brings_it_back(constants, monkeypatch):
+    moves = []
+    score({"deqa": 1.0, "pickscore": 1.0}, torch.zeros(1, 3, 8, 8), [SINGLE], World())
+    for name, one in rewards.LOADED.items():
+        monkeypatch.setattr(one.net, "to", lambda device, name=name: moves.append((name, str(device))))
     rewards.offload()
-    assert rewards.LOADED["deqa"].net.weight.device.type == "cpu"
+    assert sorted(moves) == [("deqa", "cpu"), ("pickscore", "cpu")]
+    rewards.scorer("deqa", "meta")
+    assert moves[-1] == ("deqa", "meta")
 
 
 def test_every_published_reward_has_a_loader_and_the_loaders_names_exist():
@@ -375,6 +384,24 @@ def test_scoring_a_folder_writes_a_line_an_image_and_a_summary(pictures):
     assert got[3]["jpeg_incompressibility"] == pytest.approx(len(buffer.getvalue()) / 1000)
     summary = json.loads((pictures / "jpeg_incompressibility.summary.json").read_text())
     assert summary["total"]["images"] == 5 and summary["total"]["mean"] == pytest.approx(np.mean([r["total"] for r in got]))
+
+
+def test_pictures_that_changed_are_scored_again_and_another_reward_too(pictures):
+    out = str(pictures / "scores.jsonl")
+    cfg = rewards.Config("jpeg_incompressibility", str(pictures), str(pictures / "prompts.txt"), out=out, device="cpu")
+    rewards.main(cfg)
+    before = {r["image"]: r["total"] for r in rows(pictures / "scores.jsonl")}
+    Image.new("RGB", (16, 16)).save(pictures / "0001.png")
+    rewards.main(cfg)
+    after = {r["image"]: r["total"] for r in rows(pictures / "scores.jsonl")}
+    assert {k for k in before if before[k] != after[k]} == {"0001.png"}
+    rewards.main(rewards.Config("jpeg_compressibility", str(pictures), str(pictures / "prompts.txt"), out=out, device="cpu"))
+    assert all(r["jpeg_compressibility"] == -after[r["image"]] for r in rows(pictures / "scores.jsonl"))
+
+
+def test_images_are_in_the_order_of_their_numbers(tmp_path):
+    names = ["2.png", "10.png", "a dog_000011.png", "z cat_000003.png", "x.png"]
+    assert [p.name for p in sorted((tmp_path / n for n in names), key=rewards.place)] == ["x.png", "2.png", "z cat_000003.png", "10.png", "a dog_000011.png"]
 
 
 def test_scoring_a_folder_goes_on_where_it_was_stopped(pictures, monkeypatch):

@@ -178,8 +178,7 @@ def test_whole_guided_generation_equals_diffusers(folder, here, t5):
 
 def test_embeddings_are_computed_once_and_kept_on_the_disk(folder, here, monkeypatch):
     first = models.load(folder, size=64).text
-    first.prepare(["a red cat"], rank=0, world_size=2)
-    first.prepare(["a red cat"], rank=1, world_size=2)
+    first.prepare(["a red cat"])
     context, pooled = first(["a red cat", ""])
     assert len(list(first.cache.iterdir())) == 2                          # the prompt and the empty one, no temporary file left
 
@@ -197,12 +196,18 @@ def test_embeddings_are_computed_once_and_kept_on_the_disk(folder, here, monkeyp
         again(["a red cat"])
 
 
-def test_ranks_share_the_prompts_of_a_set(folder, here):
-    text = models.load(folder, size=64).text
-    text.prepare(["a", "b", "c", "d"], rank=1, world_size=2)
-    assert sum(text.file(p).exists() for p in ["a", "b", "c", "d", ""]) == 2
-    text.prepare(["a", "b", "c", "d"], rank=0, world_size=1)
-    assert all(text.file(p).exists() for p in ["a", "b", "c", "d", ""])
+def test_ranks_together_encode_every_prompt_whoever_comes_late(folder, here):
+    text, prompts = models.load(folder, size=64).text, list("abcdefghij")
+    text.prepare(prompts, rank=1, world_size=2)
+    assert sum(text.file(p).exists() for p in [*prompts, ""]) == 5
+    text.prepare(prompts, rank=0, world_size=2)                           # lists what is missing after the other has written
+    assert all(text.file(p).exists() for p in [*prompts, ""])
+
+
+def test_embeddings_that_do_not_fit_the_disk_are_refused_beforehand(folder, here, monkeypatch):
+    monkeypatch.setattr(sd3.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10 ** 6})())
+    with pytest.raises(ValueError, match="embeddings of about 3 prompts need .* are free"):
+        models.load(folder, size=64).text.prepare(["a", "b"])
 
 
 # ------------------------------------------------------------------ adapters
@@ -429,7 +434,7 @@ def test_diffusers_vae_file_is_refused(here):
         load_vae(here / "vae.safetensors")
 
 
-def test_weights_in_the_target_dtype_are_mapped_and_others_are_copied_once(here):
+def test_dtype_of_the_file_and_of_the_memory_are_one_models(here):
     mini_sd3.write_file(here / "x.safetensors", dtype=torch.float16)
     exact, cast = load_mmdit(here / "x.safetensors", dtype=torch.float16), load_mmdit(here / "x.safetensors", dtype=torch.bfloat16)
     assert exact.fingerprint == cast.fingerprint                          # of the file, not of what it was cast to
@@ -489,16 +494,14 @@ def test_prompt_folders_of_flow_grpo_and_of_geneval_are_read_as_they_are(here):
     (here / "ocr/train.txt").write_text('a sign "open"\n\nanother "sign" \n')
     (here / "evaluation_metadata.jsonl").write_text(json.dumps({**line, "prompt": "benchmark"}) + "\n")
 
-    class World:
-        world = "sd3"
-    world = prompts.world_of(World, ["geneval=geneval", "ocr=ocr", "mine=ocr"])
+    world = prompts.world_of("sd3", ["geneval=geneval", "ocr=ocr", "mine=ocr"])
     rng = np.random.default_rng(0)
     assert {world.draw_prompt(rng, "geneval", "train")["prompt"] for _ in range(20)} == {"a photo of a dog and a cat", "another"}
     assert world.draw_prompt(rng, "geneval", "train")["task"] == "geneval" and world.draw_prompt(rng, "geneval", "train")["tag"] == "two_object"
     assert {world.draw_prompt(rng, "ocr", "train")["prompt"] for _ in range(20)} == {'a sign "open"', 'another "sign"'}
     assert [m["prompt"] for m in world.eval_prompts("geneval", 3)] == ["third"] * 3
     assert world.TASKS == (*sd3.TASKS, "mine") and world.draw_prompt(rng, "mine", "train")["task"] == "mine"
-    only = prompts.world_of(World, ["geneval=evaluation_metadata.jsonl"])
+    only = prompts.world_of("sd3", ["geneval=evaluation_metadata.jsonl"])
     assert only.eval_prompts("geneval", 1)[0]["prompt"] == "benchmark" and only.draw_prompt(rng, "geneval", "train")["prompt"].startswith("a photo of")
     assert [m["prompt"] for m in world.eval_prompts("mine", 2, "train")] == ['a sign "open"', 'another "sign"']
 
@@ -507,13 +510,15 @@ def test_prompt_folders_of_flow_grpo_and_of_geneval_are_read_as_they_are(here):
     ("geneval", "train_metadata.jsonl", '{"prompt": "a", "include": [{"class": "dog", "count": 1}]}\n{"prompt": "b", "include": [', "line 2: is not JSON"),
     ("geneval", "train_metadata.jsonl", '{"prompt": "a", "include": [{"class": "dog"}]}\n', "line 1: .*count None"),
     ("geneval", "test_metadata.jsonl", '{"include": [{"class": "dog", "count": 1}]}\n', 'line 1: .*expected a JSON object with a "prompt"'),
+    ("geneval", "train_metadata.jsonl", '{"prompt": "a", "include": [{"class": "unicorn", "count": 1}]}\n', "line 1: .*got class 'unicorn'"),
+    ("geneval", "train_metadata.jsonl", '{"prompt": "a", "include": [{"class": "dog", "count": 1, "color": "teal"}]}\n', "line 1: .*got color 'teal'"),
     ("ocr", "train.txt", 'a "good" one\n\na sign without quotes\n', "line 3: .*double quotes"), ("pickscore", "train.txt", "\n\n", "has no prompts"),
     ("pickscore", "prompts.csv", "a", "expected a folder with train_metadata.jsonl")])
 def test_malformed_prompt_set_is_one_clear_line(here, task, name, text, message):
     (here / "set").mkdir()
     (here / "set" / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        prompts.read_folder(here / "set", task)
+        prompts.read_folder(here / "set", task, sd3)
 
 
 # ------------------------------------------------------------------ the scripts with --model DIR
@@ -557,14 +562,81 @@ def test_grpo_and_opd_run_on_sd3(folder, here, bright, full):
 
 def test_checkpointing_changes_memory_and_not_gradients(model):
     x, t, context, pooled = inputs(mini_sd3.MEDIUM)
-    grads = []
+    grads, runs = [], []
     for on in (False, True):
         net = mini_sd3.randomise(MMDiT(mini_sd3.MEDIUM)).requires_grad_(True)
         net.checkpointing = on
+        runs.append(0)
+        for block in net.joint_blocks:
+            block.register_forward_pre_hook(lambda m, args: runs.__setitem__(-1, runs[-1] + 1))
         net(x, t, context, pooled).square().mean().backward()
         grads.append({k: p.grad for k, p in net.named_parameters()})
+    assert runs == [4, 8]                                                 # every block again on the way back
     for k, g in grads[0].items():
         torch.testing.assert_close(grads[1][k], g, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["adapter", "full"])
+def test_ratio_is_one_and_policy_is_the_base_under_autocast(folder, here, bright, monkeypatch, full):
+    """The dtypes of a GPU, on the CPU: bfloat16 base, float32 adapter or float32 whole policy, bfloat16 autocast, guidance, checkpointing."""
+    real = torch.autocast
+    monkeypatch.setattr(train_grpo.torch, "autocast", lambda kind, dtype, enabled: real("cpu", torch.bfloat16))
+    train_grpo.main(train_grpo.Config(**{**SMALL, "model": str(folder), "tasks": ["ocr"], "reward": ["bright"], "dtype": "bfloat16", "full": full, "checkpointing": True,
+                                         "iters": 1}))
+    row = json.loads((here / "runs/grpo-ocr/log.jsonl").read_text().splitlines()[0])
+    assert row["ratio_err"] == 0 and row["kl"] == 0 and row["grad_norm"] > 0
+
+
+def test_rewards_load_on_the_runs_device_before_anything_is_sampled(folder, here, monkeypatch):
+    asked = []
+
+    def load(device, dtype):
+        asked.append((device.type, dtype))
+        raise ValueError("no weights")
+    monkeypatch.setitem(rewards.SCORERS, "pickscore", load)
+    monkeypatch.setattr(rewards, "LOADED", {})
+    for script in (train_grpo, evaluation):
+        monkeypatch.setattr(script, "draw_noise", lambda *a: pytest.fail("sampled first"))
+    with pytest.raises(ValueError, match="does not fit task 'ocr': no weights"):
+        train_grpo.main(train_grpo.Config(**{**SMALL, "model": str(folder), "tasks": ["ocr"], "reward": ["pickscore"]}))
+    (here / "set").mkdir()
+    (here / "set/test.txt").write_text("a\n")
+    with pytest.raises(ValueError, match="does not fit task 'pickscore': no weights"):
+        evaluation.main(evaluation.Config(model=str(folder), tasks=["pickscore"], prompts=["pickscore=set"], per_task=12, rows=1, size=32, steps=1, also=[], device="cpu"))
+    assert asked == [("cpu", torch.float32)] * 2
+
+
+def test_evaluation_of_sd3_gives_a_table_of_the_tasks_and_tags_there_are(folder, here, monkeypatch):
+    """With a detector that always sees one dog, and a prompt file without most tags."""
+    monkeypatch.setattr(sd3, "detect", lambda images, metas: [[{"class": "dog", "score": 1.0, "box": (0, 0, 9, 9), "color": None}] for _ in metas])
+    monkeypatch.setattr(sd3, "read", lambda images: ["open"] * len(images))
+    line = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
+    (here / "evaluation_metadata.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "tag": "two_object", "include": line["include"] + [{"class": "cat", "count": 1}]}) + "\n")
+    evaluation.main(evaluation.Config(model=str(folder), tasks=["geneval", "ocr"], prompts=["geneval=evaluation_metadata.jsonl"], per_task=12, rows=2, size=32, steps=1,
+                                      batch=5, also=[], out="table", device="cpu", diversity=True))
+    table = json.loads((here / "table.json").read_text())["table: mean, standard error, n"]["base"]
+    assert (table["single_object"][0], table["two_object"][0], table["geneval"][0]) == (1.0, 0.0, 0.5) and "counting" not in table
+    assert np.isfinite(table["average"][0]) and json.loads((here / "table.json").read_text())["diversity"]["base"]["geneval"][2] == 1
+    with pytest.raises(ValueError, match="--tasks mine: has no score of its own"):
+        (here / "set").mkdir()
+        (here / "set/test.txt").write_text("a\n")
+        evaluation.main(evaluation.Config(model=str(folder), tasks=["mine"], prompts=["mine=set"], size=32, device="cpu"))
+
+
+def test_task_without_a_reward_or_prompts_is_refused_before_the_model_is_loaded(folder, here, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda *a: pytest.fail("loaded first"))
+    (here / "set").mkdir()
+    (here / "set/train.txt").write_text("a\n")
+    with pytest.raises(ValueError, match="mine has no reward of its own; expected --reward"):
+        train_grpo.main(train_grpo.Config(**{**SMALL, "model": str(folder), "tasks": ["mine"], "prompts": ["mine=set"]}))
+    with pytest.raises(ValueError, match="'pickscore' has no prompts of its own here, expected a folder"):
+        train_grpo.main(train_grpo.Config(**{**SMALL, "model": str(folder), "tasks": ["pickscore"]}))
+
+
+def test_whole_transformer_is_not_relabelled(folder, model, here):
+    file = adapters.save_whole(here / "x.safetensors", {}, model.file, task="ocr")
+    with pytest.raises(ValueError, match="is called 'geneval', but was trained on 'ocr'"):
+        adapters.read(file, model.mmdit, "geneval")
 
 
 def test_equal_prompt_and_seed_are_one_picture_whatever_the_batch(folder, here):
