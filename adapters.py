@@ -15,12 +15,12 @@ Checkpoints: every form in which a teacher or a student is read, and in which it
 
 Wherever a checkpoint is asked for (--teachers, --ckpts) each of them will do; TASK=PATH names the task of one that does not know it.
 
-The transformer's q, k and v are one matrix here and three in diffusers; our adapters keep three pairs of factors beside the one matrix, so nothing is lost either
-way. In a merged file W + scale * B A is computed in float32 and rounded to the file's dtype: that is the one step that is not exact.
+The transformer's q, k and v are one matrix here and three in diffusers; our adapters keep three pairs of factors beside the one matrix, so nothing is
+lost either way. In a merged file W + scale * B A is computed in float32 and rounded to the file's dtype: that is the one step that is not exact.
 """
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -68,7 +68,8 @@ THEIRS = {"x_block.attn.qkv": ("to_q", "to_k", "to_v"), "x_block.attn.proj": ("t
 TARGETS = sorted(f"attn.{name}" for names in THEIRS.values() for name in names)
 # What a PEFT config may hold and the product B A does not depend on; of everything else only "off" is accepted.
 NEUTRAL = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha", "use_rslora",
-           "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
+           "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "megatron_core",
+           "qalora_group_size", "ensure_weight_tying"}
 
 
 def their_modules(layer):
@@ -95,8 +96,9 @@ def from_diffusers(theirs, net, r, path):
             parts = [left.pop(f"{module}.lora_{factor}.weight", None) for module in their_modules(layer)]
             for module, part in zip(their_modules(layer), parts):
                 if part is None or tuple(part.shape) != shape:
-                    raise ValueError(f"{path}: '{module}.lora_{factor}.weight' is {'missing' if part is None else tuple(part.shape)}, expected {shape}: an adapter of "
-                                     f"rank {r} on {', '.join(TARGETS)} of every block, as Flow-GRPO trains")
+                    got = "missing" if part is None else tuple(part.shape)
+                    raise ValueError(f"{path}: '{module}.lora_{factor}.weight' is {got}, expected {shape}: an adapter of rank {r} "
+                                     f"on {', '.join(TARGETS)} of every block, as Flow-GRPO trains")
             ours[f"{layer}.{factor}"] = torch.stack(parts).float()
     if left:
         raise ValueError(f"{path}: '{sorted(left)[0]}' is not one of the layers that carry adapters here ({', '.join(TARGETS)})")
@@ -129,8 +131,8 @@ def write_peft(folder, adapter, base_name):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{k}": x for k, x in to_diffusers(adapter["tensors"]).items()}, {"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_name, "r": adapter["r"], "lora_alpha": adapter["alpha"], "lora_dropout": 0.0,
-              "target_modules": TARGETS, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": "gaussian", "inference_mode": True, "use_rslora": False,
+    config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_name, "r": adapter["r"], "lora_alpha": adapter["alpha"],
+              "lora_dropout": 0.0, "target_modules": TARGETS, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": "gaussian", "inference_mode": True, "use_rslora": False,
               "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
     tmp = folder / "adapter_config.tmp"
     tmp.write_text(json.dumps(config, indent=2))
@@ -147,7 +149,8 @@ def read_diffusers(path, theirs, metadata, net):
     """Such a file -> tensors, r, alpha. One that says its alpha (in diffusers' metadata) is scaled by it; others mean alpha = r."""
     theirs = {k.removeprefix("transformer."): x for k, x in theirs.items()}
     config = {k.removeprefix("transformer."): v for k, v in json.loads(metadata.get("lora_adapter_metadata", "{}")).items()}
-    odd = [k for k in theirs if not k.endswith((".lora_A.weight", ".lora_B.weight"))] + [k for k in ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias") if config.get(k)]
+    odd = [k for k in theirs if not k.endswith((".lora_A.weight", ".lora_B.weight"))]
+    odd += [k for k in ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias") if config.get(k)]
     if odd:
         raise ValueError(f"{path}: has '{odd[0]}', which is not read here; expected plain LoRA, named transformer.transformer_blocks.*.attn.*.lora_A.weight")
     r = next((x.shape[0] for k, x in theirs.items() if k.endswith(".lora_A.weight")), 0)
@@ -159,7 +162,7 @@ def read_diffusers(path, theirs, metadata, net):
 
 
 def save_whole(path, changed, source, rank=0, **metadata):
-    """Write a model file like `source` (transformer, VAE and what else is in it), with the transformer's tensors `changed`, in its dtype. Returns the path."""
+    """Write a model file like `source`, whatever is in it, with the transformer's tensors `changed`, in its dtype. Returns the path."""
     if rank > 0:
         return Path(path)
     with models.open_file(source) as f:
@@ -305,7 +308,8 @@ def read_teachers(specs, model, world):
         teacher = read(path, model.mmdit, label)
         task = teacher["task"]
         if task not in world.TASKS:
-            raise ValueError(f"{spec}: is trained on '{task}', expected one of {', '.join(world.TASKS)}, to which prompts can be routed" + "; say TASK=PATH" * (not task))
+            raise ValueError(f"{spec}: is trained on '{task}', expected one of {', '.join(world.TASKS)}, to which prompts can be routed" +
+                             "; say TASK=PATH" * (not task))
         if task in teachers:
             raise ValueError(f"{path}: is a second teacher of '{task}', after {source[task]}; a prompt is routed to one")
         teachers[task], source[task] = teacher, path

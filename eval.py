@@ -107,7 +107,7 @@ def summarise(scores, metas, world):
 
 
 def spread(small, prompts):
-    """Diversity: root mean square difference of two pictures of one prompt, pixels in [0, 1], averaged over pairs, then prompts: [mean, standard error, prompts].
+    """Diversity: root mean square difference of two pictures of one prompt, averaged over pairs, then prompts: [mean, standard error, prompts].
 
     small (n, 3, 32, 32); prompts: n strings, some of which come more than once.
     """
@@ -133,7 +133,7 @@ def report(results, differences, last, tags, tasks):
     """Both tables, as printed and as written to OUT.md."""
     n = next(iter(results.values()))
     text = markdown("model", results, [*tags, *tasks, "average"])
-    text += "mean ± standard error; n = " + "".join(f"{n[tag][2]} {tag.replace('_', ' ')}, " for tag in tags) + ", ".join(f"{n[t][2]} {t}" for t in tasks) + ", per model\n"
+    text += "mean ± standard error; n = " + ", ".join(f"{n[c][2]} {c.replace('_', ' ')}" for c in (*tags, *tasks)) + ", per model\n"
     if differences:
         text += "\n" + markdown(f"{last} minus", differences, [*tasks, "average"], sign="+")
         text += "paired differences, image by image (same prompt, same noise)\n"
@@ -218,7 +218,8 @@ def main(cfg):
         if task not in world.TASKS or tasks.count(task) > 1:
             raise ValueError(f"--tasks {task}: expected some of {', '.join(world.TASKS)}, each once")
         if task not in world.SCORE:
-            raise ValueError(f"--tasks {task}: has no score of its own; expected some of {', '.join(world.SCORE)}. Draw pictures (--prompt-file), then python rewards.py NAME ...")
+            raise ValueError(f"--tasks {task}: has no score of its own; expected some of {', '.join(world.SCORE)}. "
+                             "Draw pictures (--prompt-file), then python rewards.py NAME ...")
     if not len(tasks) <= cfg.rows <= cfg.per_task:
         raise ValueError(f"--rows {cfg.rows}: expected at least one a task ({len(tasks)}), at most --per-task {cfg.per_task}")
     if cfg.per_task < 2 * len(world.TAGS) or cfg.per_task % world_size:

@@ -555,7 +555,7 @@ def world_name(path):
 
 
 def find(path):
-    """The safetensors file that --model means: itself, the one in SD3.5's folder, or the hub's, fetched with its text encoders. ValueError if there is none."""
+    """The safetensors file that --model means: itself, the one in SD3.5's folder, or the hub's, fetched with its text encoders. ValueError without."""
     folder = Path(path)
     if world_name(path) == "tiny":
         return folder
@@ -565,10 +565,12 @@ def find(path):
             folder = Path(snapshot_download(str(path), allow_patterns=["sd3*.safetensors", "text_encoder*/*", "tokenizer*/*"],
                                             ignore_patterns=["text_encoders/*", "*_incl_*", "*.fp16*"]))
         except Exception as e:      # whatever the hub client raises: no network, no such model, licence not accepted
-            raise ValueError(f"--model {path}: is no folder here, and the hub did not give it: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+            why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+            raise ValueError(f"--model {path}: is no folder here, and the hub did not give it: {why}") from None
     files = sorted(f for f in folder.glob("sd3*.safetensors") if "_incl_" not in f.name)
     if len(files) != 1:
-        raise ValueError(f"{folder}: has {', '.join(f.name for f in files) or 'no sd3*.safetensors'}, expected one file with transformer and VAE, e.g. sd3.5_medium.safetensors")
+        raise ValueError(f"{folder}: has {', '.join(f.name for f in files) or 'no sd3*.safetensors'}, expected one file with transformer and VAE, "
+                         "e.g. sd3.5_medium.safetensors")
     return files[0]
 
 

@@ -369,7 +369,8 @@ def main(cfg):
     from prompts import read_file      # which imports this file
     _, _, device = util.setup(cfg.device)
     if not (cfg.name and cfg.images and cfg.prompts) or cfg.world not in ("sd3", "tiny") or cfg.batch < 1:
-        raise ValueError(f"--world {cfg.world} --batch {cfg.batch}: expected python rewards.py NAME IMAGES_DIR PROMPTS_FILE [--world sd3 or tiny] [--batch at least 1]")
+        raise ValueError(f"--world {cfg.world} --batch {cfg.batch}: expected python rewards.py NAME IMAGES_DIR PROMPTS_FILE, a world sd3 or tiny, "
+                         "a batch of at least 1")
     spec, world = parse_reward(cfg.name), importlib.import_module(cfg.world)
     metas = read_file(cfg.prompts, next((task for task in ("geneval", "ocr") if any(task in name for name in spec)), "prompt"), world)
     files = sorted((f for f in Path(cfg.images).glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")), key=place)
@@ -390,8 +391,8 @@ def main(cfg):
         for _, same in groupby(pairs, key=lambda pair: pair[0].shape):
             images, names, part = zip(*same)
             scores = score(spec, torch.stack(images).to(device), list(part), world)
-            new = [{"image": file.name, "prompt": meta["prompt"], "tag": meta["tag"], "stamp": stamp(file), **{name: float(v[j]) for name, v in scores.items()}}
-                   for j, (file, meta) in enumerate(zip(names, part))]
+            new = [{"image": file.name, "prompt": meta["prompt"], "tag": meta["tag"], "stamp": stamp(file),
+                    **{name: float(v[j]) for name, v in scores.items()}} for j, (file, meta) in enumerate(zip(names, part))]
             with open(out, "a") as f:
                 f.write("".join(json.dumps(row) + "\n" for row in new))
             rows.update({row["image"]: row for row in new})
@@ -401,9 +402,11 @@ def main(cfg):
     for name in (*spec, "total"):
         values = {tag: np.array([rows[f.name][name] for f in files if rows[f.name]["tag"] == tag]) for tag in tags}
         both = np.concatenate(list(values.values()))
-        summary[name] = {"mean": float(both.mean()), "standard error": float(both.std(ddof=1) / len(both) ** 0.5) if len(both) > 1 else None, "images": len(both),
-                         **({"mean of the tags' means": float(np.mean([v.mean() for v in values.values()])), **{tag: float(v.mean()) for tag, v in values.items()}}
-                            if len(tags) > 1 else {})}
+        summary[name] = {"mean": float(both.mean()), "standard error": float(both.std(ddof=1) / len(both) ** 0.5) if len(both) > 1 else None,
+                         "images": len(both)}
+        if len(tags) > 1:
+            by_tag = {tag: float(v.mean()) for tag, v in values.items()}
+            summary[name].update({"mean of the tags' means": float(np.mean(list(by_tag.values()))), **by_tag})
     util.write_atomic(out.with_suffix(".summary.json"), json.dumps(summary, indent=1))
     print(json.dumps(summary, indent=1), f"\nwrote {out} and {out.with_suffix('.summary.json')}")
 

@@ -90,7 +90,8 @@ class SD3Text:
         pooled = config[0].projection_dim + config[1].projection_dim
         context = config[2].d_model if len(config) == 3 else cfg.context_dim
         if (context, pooled) != (cfg.context_dim, cfg.pooled_dim):
-            raise ValueError(f"{self.folder}: its text encoders give context {context} and pooled {pooled}, its transformer wants {cfg.context_dim} and {cfg.pooled_dim}")
+            raise ValueError(f"{self.folder}: its text encoders give context {context} and pooled {pooled}, "
+                             f"its transformer wants {cfg.context_dim} and {cfg.pooled_dim}")
         self.context_dim = cfg.context_dim
 
     def encoder(self, cls, part):
@@ -121,8 +122,8 @@ class SD3Text:
         self.cache.mkdir(parents=True, exist_ok=True)
         size, free = len(todo) * world_size * (CLIP_TOKENS * 4096 + self.tokens * 8192 * (self.t5 != "zeros")), shutil.disk_usage(self.cache).free
         if size > free:
-            raise ValueError(f"{self.cache}: the embeddings of about {len(todo) * world_size} prompts need {size / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free; "
-                             "make room, link runs/text to a larger disk, or lower --iters")
+            raise ValueError(f"{self.cache}: the embeddings of about {len(todo) * world_size} prompts need {size / 1e9:.0f} GB, "
+                             f"and {free / 1e9:.0f} GB are free; make room, link runs/text to a larger disk, or lower --iters")
         if rank == 0 and size > 1e9:
             print(f"text: encoding about {len(todo) * world_size} prompts into {self.cache}, {size / 1e9:.0f} GB", flush=True)
         tokenizers = [AutoTokenizer.from_pretrained(self.folder / f"tokenizer{part}") for part in self.parts]

@@ -72,8 +72,8 @@ class Config:
 
 # Defaults that --model changes. For SD3.5 they are the released ones (preset geneval_sd3: 48 groups of 24, two updates, all steps but the last).
 # DEVIATION: the step that is not trained takes no noise here. EMA of the adapter is left out. iters is ours: teachers took thousands.
-PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=10, noisy=[0, 9], guidance=4.5, batch=1152, group=24, updates=2, lora_r=32, lora_alpha=64.0,
-                       lr=3e-4, beta=0.04, micro=8, iters=1000)}
+PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=10, noisy=[0, 9], guidance=4.5, batch=1152, group=24, updates=2,
+                       lora_r=32, lora_alpha=64.0, lr=3e-4, beta=0.04, micro=8, iters=1000)}
 
 
 def advantages(reward, group, adv_std, everyone):
@@ -113,7 +113,8 @@ def check(cfg, world_size, world):
     if cfg.beta < 0 or cfg.clip <= 0:
         raise ValueError(f"--beta {cfg.beta} --clip {cfg.clip}: expected beta >= 0 and clip > 0")
     if not cfg.reward and not set(cfg.tasks) <= set(world.REWARD):
-        raise ValueError(f"--tasks {' '.join(cfg.tasks)}: {', '.join(t for t in cfg.tasks if t not in world.REWARD)} has no reward of its own; expected --reward, one a task")
+        own = [task for task in cfg.tasks if task not in world.REWARD]
+        raise ValueError(f"--tasks {' '.join(cfg.tasks)}: {', '.join(own)} has no reward of its own; expected --reward, one a task")
     check_prompts(world, cfg.tasks)
     util.check_rollout(cfg, world_size)
 
@@ -242,13 +243,14 @@ def main(cfg):
         # 5. Log and save.
         routed = util.gather(torch.tensor([cfg.tasks.index(m["task"]) for m in metas], device=device))
         by_task = {f"reward_{name}": everyone[routed == n].mean().item() for n, name in enumerate(cfg.tasks) if (routed == n).any()}
-        parts = util.gather(torch.tensor([[row[name] if meta["task"] == task else torch.nan for task, name in components] for row, meta in zip(rated, metas)], device=device))
-        by_part = {f"{task}/{name}": mean for (task, name), mean in zip(components, parts.nanmean(0).tolist()) if mean == mean}
+        parts = [[row[name] if meta["task"] == task else torch.nan for task, name in components] for row, meta in zip(rated, metas)]
+        parts = util.gather(torch.tensor(parts, device=device)).nanmean(0).tolist()      # components of rewards that are sums, as reported
+        by_part = {f"{task}/{name}": mean for (task, name), mean in zip(components, parts) if mean == mean}
         off = (util.gather(ratios) - 1).abs()
         first_update = util.gather(torch.arange(images, device=device)) < images // cfg.updates
         seconds = time.time() - start
-        log({"iter": it + 1, **by_task, **by_part, "reward_std": everyone.std(unbiased=False).item(), "zero_std_ratio": 1 - util.sync_mean(keep.float().mean()).item(),
-             "ratio_err": off[first_update].max().item(), "clip_frac": (off > cfg.clip).float().mean().item(), "kl": util.gather(kls).mean().item(),
+        log({"iter": it + 1, **by_task, **by_part, "reward_std": everyone.std(unbiased=False).item(),
+             "zero_std_ratio": 1 - util.sync_mean(keep.float().mean()).item(), "ratio_err": off[first_update].max().item(), "clip_frac": (off > cfg.clip).float().mean().item(), "kl": util.gather(kls).mean().item(),
              "grad_norm": grad_norm, "s/it": seconds, "images/s": cfg.batch / seconds})
         if cfg.keep and (it + 1) % cfg.keep == 0:
             save(folder / f"adapter-{it + 1}.pt")

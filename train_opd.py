@@ -30,6 +30,10 @@ expectation of each later one at its own state turns it into D there: dense and 
 std^2 = sigma_t^2 dt and 2 a^2 w -> dt (1 - t) / t: an ODE rollout has no density, but its states can be weighed like that (here: with the SDE's w at --a).
 tests/test_objectives.py shows all this on a linear-Gaussian policy, where every expectation is known.
 
+--init, the cold start: merge (the exact average of the teachers), truncate (that, cut to --lora-r), factors (A and B averaged apart, as released), none (the
+base), or a checkpoint such as train_sft.py's. --match: the guided outputs of both; both their branches, with and without the prompt; or fold, the
+student's conditional branch with the teacher's guided output, so that the student then needs no guidance.
+
 Papers: Flow-OPD arXiv 2605.08063; sampled: Thinking Machines 2025; closed form: DiffusionOPD arXiv 2605.15055; one state, velocity: DanceOPD arXiv
 2606.27377; both branches: PDM arXiv 2607.24731; folding, extrapolation: GFD-OPD (2026).
 """
@@ -57,13 +61,13 @@ class Config:
     model: str = "ckpt/tiny.safetensors"                                 # the base, the same for all: the tiny world's file, or SD3.5's folder or hub name
     prompts: list[str] = field(default_factory=list)                     # TASK=DIR: that folder's prompts (prompts.py) instead of the world's own
     anchor: str = ""                                                     # the task whose teacher anchors all prompts (default: the file marked so)
-    ratio: list[str] = field(default_factory=list)                       # prompts of each teacher's task (default: the world's, e.g. geneval=3 ocr=1 quality=1)
-    init: str = "merge"                                                  # cold start: merge (exact average of the teachers), truncate (it, to rank --lora-r), factors (A and B apart, as released), none (the base), or a checkpoint (train_sft.py's)
+    ratio: list[str] = field(default_factory=list)                       # prompts of each task (default: the world's, e.g. geneval=3 ocr=1 quality=1)
+    init: str = "merge"                                                  # cold start: merge, truncate, factors, none, or a checkpoint (see above)
     objective: Literal["kl", "velocity", "pg", "released"] = "kl"        # the per-step loss, see above
     reward: Literal["dense", "sampled"] = "dense"                        # for pg: of a step
     credit: Literal["step", "future"] = "step"                           # for pg: a step's own reward, or that of all supervised later steps too
     clip: float = 1e-4                                                   # for pg and released: PPO's clip range
-    match: Literal["guided", "branches", "fold"] = "guided"              # what of student and teacher is compared: guided outputs, both branches, or the student's conditional branch with the teacher's guided output
+    match: Literal["guided", "branches", "fold"] = "guided"              # which outputs of student and teacher (see above)
     extrapolate: float = 1.0                                             # target = base + this * (teacher - base): beyond the teacher if above 1
     blend: float = 0.0                                                   # target = (1 - this) * own teacher + this * mean of the others: 0 is hard routing
     lam: float = 0.02                                                    # weight of the KL to the anchor (MAR); 0 turns it off
@@ -96,7 +100,8 @@ class Config:
 
 
 # Defaults that --model changes. For SD3.5 they are the released ones (preset mix_opd_8gpu); iters is ours and untried.
-PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=10, noisy=[0, 9], guidance=4.5, batch=256, group=16, updates=2, lr=1e-4, micro=4, iters=300)}
+PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=10, noisy=[0, 9], guidance=4.5, batch=256, group=16, updates=2,
+                       lr=1e-4, micro=4, iters=300)}
 
 
 # ------------------------------------------------------------------ the objectives, side by side: (B,) losses at B states
@@ -221,7 +226,7 @@ def check(cfg, world_size, world):
         cfg.lora_r, cfg.lora_alpha = r if cfg.lora_r is None else cfg.lora_r, alpha if cfg.lora_alpha is None else cfg.lora_alpha
         util.positive(cfg, "lora_r", "lora_alpha")
     elif cfg.lora_r is not None or cfg.lora_alpha is not None:
-        raise ValueError(f"--lora-r {cfg.lora_r} --lora-alpha {cfg.lora_alpha}: are for an adapter from --init none or truncate; others have the rank they start with")
+        raise ValueError(f"--lora-r {cfg.lora_r} --lora-alpha {cfg.lora_alpha}: are for an adapter from --init none or truncate; others keep the rank they have")
     if cfg.lam < 0 or not 0 <= cfg.blend < 1:
         raise ValueError(f"--lam {cfg.lam} --blend {cfg.blend}: expected lam of 0 (no anchor) or more, and 0 <= blend < 1")
     cfg.supervised = cfg.supervised or (list(cfg.noisy) if cfg.rollout != "ode" else [0, cfg.steps])
@@ -229,17 +234,16 @@ def check(cfg, world_size, world):
     if len(cfg.supervised) != 2 or not 0 <= cfg.supervised[0] < cfg.supervised[1] <= cfg.steps:
         raise ValueError(f"--supervised {cfg.supervised}: expected FROM TO with 0 <= FROM < TO <= --steps {cfg.steps}")
     inside = cfg.rollout != "ode" and cfg.noisy[0] <= cfg.supervised[0] and cfg.supervised[1] <= cfg.noisy[1]
-    refused = {
-        f"--objective {cfg.objective} --rollout {cfg.rollout} --noisy {cfg.noisy} --supervised {cfg.supervised}: a policy gradient needs a density at every supervised step, "
-        "so noise": cfg.objective in ("pg", "released") and not inside,
-        f"--objective {cfg.objective} --match branches: the density is of the guided output, not of its branches; expected kl or velocity": cfg.match == "branches" and
-        cfg.objective in ("pg", "released"),
-        f"--match {cfg.match} --guidance 1: without guidance there is one branch, and nothing to choose or fold": cfg.match != "guided" and cfg.guidance == 1,
-        f"--reward {cfg.reward} --credit {cfg.credit}: are for --objective pg": cfg.objective != "pg" and (cfg.reward, cfg.credit) != ("dense", "step"),
-        "--credit future --one: there are no later supervised steps to credit": cfg.credit == "future" and cfg.one,
-        f"--rollout cps --supervised {cfg.supervised}: its last step has no noise, so no KL; end before it": cfg.rollout == "cps" and cfg.supervised[1] == cfg.steps}
-    for reason, is_so in refused.items():
-        if is_so:
+    gradient = cfg.objective in ("pg", "released")
+    for nonsense, reason in (
+            (gradient and not inside, f"--objective {cfg.objective} --rollout {cfg.rollout} --noisy {cfg.noisy} --supervised {cfg.supervised}: a policy gradient "
+             "needs a density at every supervised step, so noise"),
+            (gradient and cfg.match == "branches", f"--objective {cfg.objective} --match branches: the density is of the guided output, not of its branches"),
+            (cfg.match != "guided" and cfg.guidance == 1, f"--match {cfg.match} --guidance 1: without guidance there is one branch, nothing to match or fold"),
+            (cfg.objective != "pg" and (cfg.reward, cfg.credit) != ("dense", "step"), f"--reward {cfg.reward} --credit {cfg.credit}: are for --objective pg"),
+            (cfg.credit == "future" and cfg.one, "--credit future --one: there are no later supervised steps to credit"),
+            (cfg.rollout == "cps" and cfg.supervised[1] == cfg.steps, f"--rollout cps --supervised {cfg.supervised}: its last step has no noise, so no KL")):
+        if nonsense:
             raise ValueError(reason)
 
 
