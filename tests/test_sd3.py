@@ -506,6 +506,16 @@ def test_prompt_folders_of_flow_grpo_and_of_geneval_are_read_as_they_are(here):
     assert [m["prompt"] for m in world.eval_prompts("mine", 2, "train")] == ['a sign "open"', 'another "sign"']
 
 
+def test_training_prompts_that_the_world_makes_are_not_those_of_the_evaluation_file():
+    class World:
+        TASKS, RATIO, drawn = ("t",), {}, iter("aabab")
+
+        def draw_prompt(self, rng, task, split):
+            return {"prompt": next(self.drawn)}
+    world = prompts.Prompted(World(), {"t": {"eval": [{"prompt": "a"}]}})
+    assert [world.draw_prompt(None, "t", "train")["prompt"] for _ in range(2)] == ["b", "b"]
+
+
 @pytest.mark.parametrize("task, name, text, message", [
     ("geneval", "train_metadata.jsonl", '{"prompt": "a", "include": [{"class": "dog", "count": 1}]}\n{"prompt": "b", "include": [', "line 2: is not JSON"),
     ("geneval", "train_metadata.jsonl", '{"prompt": "a", "include": [{"class": "dog"}]}\n', "line 1: .*count None"),

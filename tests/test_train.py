@@ -224,6 +224,21 @@ def test_every_variant_trains(here, teachers, variant):
     assert row["kl"] > 0 and row["grad_norm"] > 0 and closest(tensors("runs/opd/init.pt"), tensors("runs/opd/student.pt")) > 0
 
 
+def test_credit_and_the_groups_baseline_reach_the_update(here, teachers):
+    """Three policy gradients from the same rollout: own reward, future rewards, and own reward with every trajectory its own group."""
+    cfg = {**OPD, "noisy": [0, 4], "iters": 1, "teachers": teachers, "objective": "pg", "reward": "sampled", "lam": 0.0, "batch": 2}
+    for name, how in (("own", {}), ("future", dict(credit="future"))):
+        train_opd.main(train_opd.Config(**{**cfg, **how}, name=name))
+    own, future = tensors("runs/own/student.pt"), tensors("runs/future/student.pt")
+    assert closest(own, future) > 0
+    train_opd.credited, real = lambda reward, group, credit: reward, train_opd.credited
+    try:
+        train_opd.main(train_opd.Config(**cfg, name="bare"))
+    finally:
+        train_opd.credited = real
+    assert closest(own, tensors("runs/bare/student.pt")) > 0
+
+
 def test_two_ranks_draw_the_same_single_states(here, teachers):
     args = ["--model", BASE, "--iters", "1", "--steps", "4", "--noisy", "0", "1", "--rollout", "ode", "--objective", "velocity", "--one", "--batch", "8", "--group", "2",
             "--updates", "1", "--device", "cpu", "--teachers", *teachers]
