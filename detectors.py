@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 
-from scorers import normalize, to_uint8, weights
+from scorers import normalize, pretrained, to_uint8, weights
 
 # COCO's 80 classes in the order of the detector's labels, in GenEval's spelling (evaluation/object_names.txt), which the prompt files use
 CLASSES = (
@@ -68,15 +68,6 @@ def per_channel(values, like):
     return torch.tensor(values, device=like.device).reshape(-1, 1, 1)
 
 
-def pretrained(model_class, folder, dtype):
-    """A transformers model from a folder; a tensor that the folder lacks is an error and not a random number."""
-    net, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"weights in {folder}: got none for {sorted(info['missing_keys'])[:5]} ({len(info['missing_keys'])} tensors), "
-                         f"expected all of {model_class.__name__}'s; fetch the folder anew")
-    return net.eval().requires_grad_(False)
-
-
 # ------------------------------------------------------------------ GenEval: objects
 
 
@@ -86,7 +77,7 @@ class Mask2Former(torch.nn.Module):
     def __init__(self, folder):
         from transformers import Mask2FormerModel
         super().__init__()
-        self.model = pretrained(Mask2FormerModel, folder, torch.float32)
+        self.model = pretrained(Mask2FormerModel, folder, others=("class_predictor.", "criterion."))
         tensors = {}
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, "pt") as f:
@@ -221,7 +212,7 @@ class Detector:
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.net = torch.nn.ModuleDict({
             "detector": Mask2Former(weights(detector, "config.json", "*.safetensors")),
-            "clip": pretrained(CLIPModel, folder, dtype)}).to(device)
+            "clip": pretrained(CLIPModel, folder, dtype=dtype)}).to(device)
         self.classifiers = {}  # class name -> (10, D)
 
     @torch.no_grad()
@@ -450,7 +441,7 @@ class Reader:
             if not (name.startswith("PPOCRV5") and hasattr(transformers, name)):
                 raise ValueError(f"reader: got architecture {name} in {folder}/config.json, expected a PP-OCRv5 model of this transformers "
                                  f"({transformers.__version__}), such as PaddlePaddle/PP-OCRv5_server_{part}_safetensors")
-            self.net[part] = pretrained(getattr(transformers, name), folder, dtype).to(device)
+            self.net[part] = pretrained(getattr(transformers, name), folder, dtype=dtype).to(device)
         self.characters = json.loads((folders["rec"] / "preprocessor_config.json").read_text()).get("character_list", [])
         outputs = self.net["rec"].config.head_out_channels
         if len(self.characters) != outputs:

@@ -88,11 +88,13 @@ def check_names(source, missing, extra, misshapen):
         raise ValueError(f"weights {source}: got {' and '.join(wrong)} tensors, expected those of the published file; download it again")
 
 
-def pretrained(cls, folder, config=None, state=None, **options):
-    """A transformers model from a folder, or from a config and a state dict that was read from folder; float32, loaded strictly."""
-    net, info = cls.from_pretrained(folder if state is None else None, config=config, state_dict=state, dtype=torch.float32, use_safetensors=True,
+def pretrained(cls, folder, config=None, state=None, dtype=torch.float32, others=(), **options):
+    """A transformers model from a folder, or from a config and a state dict that was read from folder; loaded strictly, but for tensors of other parts,
+    whose names begin as in others."""
+    net, info = cls.from_pretrained(folder if state is None else None, config=config, state_dict=state, dtype=dtype, use_safetensors=True,
                                     output_loading_info=True, ignore_mismatched_sizes=True, **options)  # mismatched ones are refused below
-    check_names(folder, info["missing_keys"], info["unexpected_keys"], [name for name, *_ in info["mismatched_keys"]])
+    extra = [name for name in info["unexpected_keys"] if not name.startswith(tuple(others))]
+    check_names(folder, info["missing_keys"], extra, [name for name, *_ in info["mismatched_keys"]])
     return net.eval().requires_grad_(False)
 
 

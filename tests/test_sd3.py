@@ -658,3 +658,38 @@ def test_equal_prompt_and_seed_are_one_picture_whatever_the_batch(folder, here):
     for a, b in zip(*pictures):
         assert abs(a - b).max() <= 1
     assert abs(pictures[0][0] - pictures[0][1]).max() > 5
+
+
+def test_t2i_compbench_finds_prompt_and_number_in_the_name(folder, here):
+    """Its scorers take what is before the first "_" for the prompt and what is after the last for the number."""
+    (here / "color_val.txt").write_text("a green bench and a blue bowl\na red cat\n")
+    evaluation.main(evaluation.Config(model=str(folder), prompt_file="color_val.txt", each=2, layout="compbench", size=32, steps=1, batch=3, out="bench", device="cpu"))
+    names = sorted(p.stem for p in (here / "bench/base/samples").iterdir())
+    assert [(n.split("_")[0], int(n.split("_")[-1])) for n in names] == [("a green bench and a blue bowl", 0), ("a green bench and a blue bowl", 1), ("a red cat", 2),
+                                                                         ("a red cat", 3)]
+    assert (here / "bench/prompts.txt").read_text().splitlines()[1:3] == ["a green bench and a blue bowl", "a red cat"]
+    with pytest.raises(ValueError, match="cannot be a file's name there"):
+        evaluation.main(evaluation.Config(model=str(folder), prompt=["either/or"], layout="compbench", size=32, device="cpu"))
+
+
+def test_average_is_of_scores_on_the_papers_scale():
+    class World:
+        TAGS, SCORE = (), {"pickscore": "pickscore", "quality": "deqa", "ocr": "ocr"}
+    scores = {"pickscore": np.array([26.0, 13.0]), "quality": np.array([4.0, 5.0]), "ocr": np.array([1.0, 0.0])}
+    got = evaluation.summarise(scores, {task: [{}, {}] for task in scores}, World)
+    assert got["pickscore"][0] == 19.5 and got["average"][0] == pytest.approx((0.75 + 0.9 + 0.5) / 3)
+
+
+def test_a_reward_that_fails_midway_stops_training_with_its_cause(folder, here, monkeypatch):
+    calls = []
+
+    def flaky(images, metas, world):
+        calls.append(len(images))
+        if len(calls) > 6:
+            raise ValueError("judge x: got HTTP 500 (try 5 of 5)")
+        return images.mean((1, 2, 3)).numpy()
+    monkeypatch.setitem(rewards.REWARDS, "flaky", flaky)
+    with pytest.raises(ValueError, match="got HTTP 500"):
+        train_grpo.main(train_grpo.Config(**{**SMALL, "model": str(folder), "tasks": ["ocr"], "reward": ["flaky"], "iters": 99, "save_every": 1}))
+    rows = (here / "runs/grpo-ocr/log.jsonl").read_text().splitlines()
+    assert 0 < len(rows) < 7 and torch.load("runs/grpo-ocr/state.pt", weights_only=True)["iter"] == len(rows)      # what was done is kept
