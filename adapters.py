@@ -132,7 +132,8 @@ def write_peft(folder, adapter, base_name):
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{k}": x for k, x in to_diffusers(adapter["tensors"]).items()}, {"format": "pt"})
     config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_name, "r": adapter["r"], "lora_alpha": adapter["alpha"],
-              "lora_dropout": 0.0, "target_modules": TARGETS, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": "gaussian", "inference_mode": True, "use_rslora": False,
+              "lora_dropout": 0.0, "target_modules": TARGETS, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": "gaussian",
+              "inference_mode": True, "use_rslora": False,
               "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
     tmp = folder / "adapter_config.tmp"
     tmp.write_text(json.dumps(config, indent=2))

@@ -62,23 +62,47 @@ def mix(images, tasks=TASKS, batch=192, lr="2e-3"):
 def jobs(cfg):
     """part -> {job: (command, result, seconds)}; {seed} in a name is one job a seed."""
     whole = TEACHER_IMAGES + BUDGET / GRPO_PASSES          # images whose GRPO costs what the teachers and the distillation did
-    pg = ("--objective", "pg")
+    # Of the several updates a rollout only the first has ratio 1: the paper's clip of 1e-4 would stop the others, so it is off here.
+    pg, sampled, future, no_clip = ("--objective", "pg"), ("--reward", "sampled"), ("--credit", "future"), ("--clip", 1)
+    ode, plain, r48, r16 = ("--rollout", "ode"), ("--objective", "velocity"), ("--lora-r", 48, "--lora-alpha", 48), ("--lora-r", 16, "--lora-alpha", 16)
     plan = {
-        "main": {"opd-merge": opd(), "sft": ["train_sft.py", "--teachers", *TEACHERS.values(), "--lora-r", 48, "--lora-alpha", 48], "opd-sft": opd("--init", "runs/rep-sft-s{seed}/student.pt"),
-                 "mix-small": mix(BUDGET / GRPO_PASSES), "mix-whole": mix(whole)},
-        "cold": {"opd-none": opd("--init", "none", "--lora-r", 48, "--lora-alpha", 48), "opd-truncate": opd("--init", "truncate", "--lora-r", 16, "--lora-alpha", 16), "opd-factors": opd("--init", "factors")},
-        "mar": {"opd-lam0": opd("--lam", 0, passes=28), "opd-lam0.1": opd("--lam", 0.1), "opd-lam0.5": opd("--lam", 0.5)},
-        "objectives": {"opd-velocity": opd("--objective", "velocity"), "opd-pg-dense": opd(*pg), "opd-pg-dense-future": opd(*pg, "--credit", "future"),
-                       "opd-pg-sampled": opd(*pg, "--reward", "sampled"), "opd-pg-sampled-future": opd(*pg, "--reward", "sampled", "--credit", "future"),
-                       "opd-released": opd("--objective", "released")},
-        "states": {"opd-cps": opd("--rollout", "cps"), "opd-ode": opd("--rollout", "ode", passes=48), "opd-ode-velocity": opd("--rollout", "ode", "--objective", "velocity", passes=48),
-                   "opd-all": opd("--noisy", 0, 8, passes=48),
-                   "opd-one": opd("--rollout", "ode", "--objective", "velocity", "--one", "--steps", 16, "--noisy", 0, 1, passes=21)},
-        "beyond": {"opd-extrapolate": opd("--extrapolate", 1.25, passes=38), "opd-blend": opd("--blend", 0.1, passes=43)},
-        "seesaw": {"mix-geneval-ocr": mix(48000, ("geneval", "ocr"))},
-        "cost": {"geneval-again": ["train_grpo.py", "--tasks", "geneval", "--batch", 192, "--lr", "2e-3", "--iters", 250, "--keep", 25],
-                 "ocr-again": ["train_grpo.py", "--tasks", "ocr", "--iters", 225, "--keep", 25],
-                 "quality-again": ["train_grpo.py", "--tasks", "quality", "--iters", 50, "--keep", 5], "opd-keep": opd("--keep", 5)},
+        "main": {
+            "opd-merge": opd(),
+            "sft": ["train_sft.py", "--teachers", *TEACHERS.values(), *r48],
+            "opd-sft": opd("--init", "runs/rep-sft-s{seed}/student.pt"),
+            "mix-small": mix(BUDGET / GRPO_PASSES),
+            "mix-whole": mix(whole)},
+        "cold": {
+            "opd-none": opd("--init", "none", *r48),
+            "opd-truncate": opd("--init", "truncate", *r16),
+            "opd-factors": opd("--init", "factors")},
+        "mar": {
+            "opd-lam0": opd("--lam", 0, passes=28),
+            "opd-lam0.1": opd("--lam", 0.1),
+            "opd-lam0.5": opd("--lam", 0.5)},
+        "objectives": {
+            "opd-velocity": opd(*plain),
+            "opd-pg-dense": opd(*pg, *no_clip),
+            "opd-pg-dense-future": opd(*pg, *future, *no_clip),
+            "opd-pg-sampled": opd(*pg, *sampled, *no_clip),
+            "opd-pg-sampled-future": opd(*pg, *sampled, *future, *no_clip),
+            "opd-released": opd("--objective", "released", *no_clip)},
+        "states": {
+            "opd-cps": opd("--rollout", "cps"),
+            "opd-ode": opd(*ode, passes=48),
+            "opd-ode-velocity": opd(*ode, *plain, passes=48),
+            "opd-all": opd("--noisy", 0, 8, passes=48),
+            "opd-one": opd(*ode, *plain, "--one", "--steps", 16, "--noisy", 0, 1, passes=21)},
+        "beyond": {
+            "opd-extrapolate": opd("--extrapolate", 1.25, passes=38),
+            "opd-blend": opd("--blend", 0.1, passes=43)},
+        "seesaw": {
+            "mix-geneval-ocr": mix(48000, ("geneval", "ocr"))},
+        "cost": {
+            "geneval-again": ["train_grpo.py", "--tasks", "geneval", "--batch", 192, "--lr", "2e-3", "--iters", 250, "--keep", 25],
+            "ocr-again": ["train_grpo.py", "--tasks", "ocr", "--iters", 225, "--keep", 25],
+            "quality-again": ["train_grpo.py", "--tasks", "quality", "--iters", 50, "--keep", 5],
+            "opd-keep": opd("--keep", 5)},
     }
     found = {}
     for part, named in plan.items():
@@ -146,13 +170,16 @@ def collect():
 
 def tables():
     """results/reproduce.md from what is in results/reproduce/."""
-    found, lines = collect(), ["Mean and 95% interval over seeds (Student's t; a number alone is one seed). Held-out prompts, 600 images a task and seed. `reproduce.py` made this.", ""]
+    found = collect()
+    lines = ["Mean and 95% interval over seeds (Student's t; a number alone is one seed). Held-out prompts, 600 images a task and seed.",
+             "Made by `python reproduce.py --tables`.", ""]
     columns = [*TASKS, "average"]
     lines += ["| run | part | seeds | " + " | ".join(columns) + " | diversity (GenEval prompts) | s |", "|---" * (len(columns) + 5) + "|"]
     for name, results in sorted(found.items(), key=lambda item: (item[1][0]["part"], item[0])):
         cells = [interval([r["table: mean, standard error, n"][c][0] for r in results]) for c in columns]
         spread = interval([r["diversity"]["geneval"][0] for r in results])
-        lines.append(f"| {name} | {results[0]['part']} | {len(results)} | " + " | ".join(cells) + f" | {spread} | {np.mean([r['training seconds (sum of the log)'] for r in results]):.0f} |")
+        seconds = np.mean([r["training seconds (sum of the log)"] for r in results])
+        lines.append(f"| {name} | {results[0]['part']} | {len(results)} | " + " | ".join(cells) + f" | {spread} | {seconds:.0f} |")
     util.write_atomic("results/reproduce.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 

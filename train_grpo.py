@@ -250,7 +250,8 @@ def main(cfg):
         first_update = util.gather(torch.arange(images, device=device)) < images // cfg.updates
         seconds = time.time() - start
         log({"iter": it + 1, **by_task, **by_part, "reward_std": everyone.std(unbiased=False).item(),
-             "zero_std_ratio": 1 - util.sync_mean(keep.float().mean()).item(), "ratio_err": off[first_update].max().item(), "clip_frac": (off > cfg.clip).float().mean().item(), "kl": util.gather(kls).mean().item(),
+             "zero_std_ratio": 1 - util.sync_mean(keep.float().mean()).item(), "ratio_err": off[first_update].max().item(),
+             "clip_frac": (off > cfg.clip).float().mean().item(), "kl": util.gather(kls).mean().item(),
              "grad_norm": grad_norm, "s/it": seconds, "images/s": cfg.batch / seconds})
         if cfg.keep and (it + 1) % cfg.keep == 0:
             save(folder / f"adapter-{it + 1}.pt")

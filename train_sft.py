@@ -53,7 +53,8 @@ class Config:
 
 
 # Defaults that --model changes.
-PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=40, guidance=4.5, drop=0.1, samples=20000, iters=1000, lora_r=32, lora_alpha=64.0, lr=1e-4, micro=4)}
+PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=40, guidance=4.5, drop=0.1, samples=20000, iters=1000,
+                       lora_r=32, lora_alpha=64.0, lr=1e-4, micro=4)}
 
 
 def flow_loss(net, x_0, t, eps, text, adapter):
