@@ -291,6 +291,7 @@ def main(cfg):
     w = 1.0 if cfg.match == "fold" else cfg.guidance                         # the student's guidance; the teachers' is cfg.guidance
     prompts, images = cfg.batch // cfg.group, cfg.batch // world_size        # prompts over all ranks, images on this one
     latents = model.latent_shape()                                           # (C, H, W)
+    quality = teachers[anchor].get("net") if anchor else None                # the anchor, if it is a whole transformer of its own
     log = util.Log(folder, rank, settings, first)
 
     def draw(it):
@@ -342,8 +343,7 @@ def main(cfg):
                 s, sub = at(i, j), text.rows(i)
                 v_target[i, j] = target(cfg, teachers, frozen, routed[i], s.x, s.t, sub)
                 if anchor:
-                    quality = torch.full_like(routed[i], names.index(anchor))
-                    v_anchor[i, j] = routed_outputs(teachers, frozen, quality, s.x, s.t, sub, cfg.guidance, cfg.match)
+                    v_anchor[i, j] = outputs(quality or frozen, s.x, s.t, sub, cfg.guidance, cfg.match, None if quality else anchor)
                 if cfg.objective == "pg":
                     reward[i, j] = step_reward(traj.v[i, ks[i, j]], v_target[i, j], s, cfg)
         adv = credited(reward, cfg.group, cfg.credit)
