@@ -40,6 +40,7 @@ class Config:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])      # of everything in stage 2
     grpo_seeds: list[int] = field(default_factory=lambda: [0])       # of the long GRPO runs
     ranks: int = 2                                         # processes
+    alone: bool = False                                    # nothing else runs on this machine, so that seconds mean something
     dry_run: bool = False                                  # only say what would run
     tables: bool = False                                   # only write the tables
     stop_after: int = 0                                    # start no job after so many minutes (0: no limit)
@@ -140,6 +141,7 @@ def run(name, job, cfg):
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     util.write_atomic(OUT / f"{name}.json", json.dumps({
         "job": name, "part": job["part"], "seed": int(seed), "command": " ".join(job["command"]), "commit": commit, "cores": os.cpu_count(), "ranks": cfg.ranks,
+        "timed alone": cfg.alone,
         "training seconds (sum of the log)": sum(r["s/it"] for r in rows), "seconds, this start": trained, "iterations": len(rows),
         "table: mean, standard error, n": table["table: mean, standard error, n"]["it"], "diversity": table["diversity"]["it"],
         "on training prompts (to choose settings by)": chosen["table: mean, standard error, n"]["it"],
@@ -174,12 +176,13 @@ def tables():
     lines = ["Mean and 95% interval over seeds (Student's t; a number alone is one seed). Held-out prompts, 600 images a task and seed.",
              "Made by `python reproduce.py --tables`.", ""]
     columns = [*TASKS, "average"]
-    lines += ["| run | part | seeds | " + " | ".join(columns) + " | diversity (GenEval prompts) | s |", "|---" * (len(columns) + 5) + "|"]
+    lines += ["| run | part | seeds | " + " | ".join(columns) + " | diversity (GenEval prompts) | s, alone |", "|---" * (len(columns) + 5) + "|"]
     for name, results in sorted(found.items(), key=lambda item: (item[1][0]["part"], item[0])):
         cells = [interval([r["table: mean, standard error, n"][c][0] for r in results]) for c in columns]
         spread = interval([r["diversity"]["geneval"][0] for r in results])
-        seconds = np.mean([r["training seconds (sum of the log)"] for r in results])
-        lines.append(f"| {name} | {results[0]['part']} | {len(results)} | " + " | ".join(cells) + f" | {spread} | {seconds:.0f} |")
+        timed = [r["training seconds (sum of the log)"] for r in results if r["timed alone"]]
+        seconds = f"{np.mean(timed):.0f}" if timed else "-"
+        lines.append(f"| {name} | {results[0]['part']} | {len(results)} | " + " | ".join(cells) + f" | {spread} | {seconds} |")
     util.write_atomic("results/reproduce.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
