@@ -6,7 +6,7 @@ BIN = .venv/bin
 RUN = $(BIN)/torchrun --nproc_per_node=$(RANKS)
 MODELS = base ckpt/geneval.pt ckpt/ocr.pt ckpt/quality.pt merge=runs/demo/init.pt student=runs/demo/student.pt
 
-.PHONY: demo test oracles teachers base
+.PHONY: demo test oracles teachers base reproduce
 
 demo: .venv/done                  # stage 2 from the shipped teachers, then the table and the picture
 	rm -rf runs/demo
@@ -22,6 +22,9 @@ teachers: .venv/done              # stage 1, from the shipped base (under an hou
 	$(RUN) train_grpo.py --tasks geneval --batch 192 --lr 2e-3 --iters 250
 	$(RUN) train_grpo.py --tasks ocr --iters 225
 	$(RUN) train_grpo.py --tasks quality --anchor --iters 50
+
+reproduce: .venv/done             # the paper's findings with several seeds (about six hours on two cores; resumes)
+	$(BIN)/python reproduce.py --ranks $(RANKS)
 
 base: .venv/done                  # the tiny VAE and base, from nothing (resumes)
 	$(RUN) tiny.py
