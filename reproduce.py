@@ -36,7 +36,7 @@ SECONDS = {"opd": 215, "grpo image": 15 * 60 / 48000, "eval": 30, "sft": 240}
 
 @dataclass
 class Config:
-    parts: list[str] = field(default_factory=list)         # main, cold, mar, objectives, states, beyond, seesaw, cost, fixed (default: all)
+    parts: list[str] = field(default_factory=list)         # main, cold, mar, objectives, states, beyond, seesaw, cost (default: all)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])      # of everything in stage 2
     grpo_seeds: list[int] = field(default_factory=lambda: [0])       # of the long GRPO runs
     ranks: int = 2                                         # processes
