@@ -129,15 +129,12 @@ def read_peft(folder, net):
 def write_peft(folder, adapter, base_name):
     """adapter_model.safetensors + adapter_config.json, for peft.PeftModel.from_pretrained(transformer, folder)."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{k}": x for k, x in to_diffusers(adapter["tensors"]).items()}, {"format": "pt"})
     config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_name, "r": adapter["r"], "lora_alpha": adapter["alpha"],
               "lora_dropout": 0.0, "target_modules": TARGETS, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": "gaussian",
               "inference_mode": True, "use_rslora": False,
               "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
-    tmp = folder / "adapter_config.tmp"
-    tmp.write_text(json.dumps(config, indent=2))
-    os.replace(tmp, folder / "adapter_config.json")
+    util.write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2))
 
 
 def write_diffusers(path, adapter):
@@ -315,6 +312,14 @@ def read_teachers(specs, model, world):
             raise ValueError(f"{path}: is a second teacher of '{task}', after {source[task]}; a prompt is routed to one")
         teachers[task], source[task] = teacher, path
     return teachers
+
+
+def attach(teachers, net):
+    """Add the teachers that are adapters to net, each under its task's name. Returns {task: fingerprint} of all, by which a resumed run knows them."""
+    for task, teacher in teachers.items():
+        if "net" not in teacher:
+            net.add_adapter(task, teacher["r"], teacher["alpha"], teacher["tensors"])
+    return {task: teacher["net"].fingerprint if "net" in teacher else models.fingerprint(teacher["tensors"]) for task, teacher in teachers.items()}
 
 
 def find_anchor(name, lam, teachers):

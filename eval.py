@@ -250,7 +250,8 @@ def main(cfg):
                     latents = sample(net, noise, times, text, cfg.guidance, adapter)
                 images = model.images(latents)
                 judged.append(judge.submit(score, specs[task], images, batch, world))      # while the next batch is sampled
-                small.append(F.adaptive_avg_pool2d(images, 32))
+                if cfg.diversity:
+                    small.append(F.adaptive_avg_pool2d(images, 32))
                 shown[label] += [(m["prompt"], image.cpu()) for m, image in zip(batch, images[:max(0, wanted - len(shown[label]))])]
                 bar.update(len(i))
             parts = {name: [future.result()[name] for future in judged] for name in specs[task]}

@@ -63,6 +63,7 @@ class Prompted:
     def __init__(self, world, sets):
         self.world, self.sets = world, sets
         self.TASKS = (*world.TASKS, *(task for task in sets if task not in world.TASKS))
+        self.taken = {task: {meta["prompt"] for metas in there.values() for meta in metas} for task, there in sets.items()}
         self.RATIO = {**dict.fromkeys(self.TASKS, 1), **world.RATIO}
 
     def __getattr__(self, name):
@@ -73,8 +74,7 @@ class Prompted:
         there = self.sets.get(task, {})
         if split in there:
             return there[split][rng.integers(len(there[split]))]
-        taken = {meta["prompt"] for metas in there.values() for meta in metas}
-        while (meta := self.world.draw_prompt(rng, task, split))["prompt"] in taken:
+        while (meta := self.world.draw_prompt(rng, task, split))["prompt"] in self.taken.get(task, ()):
             pass
         return meta
 

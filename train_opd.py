@@ -267,9 +267,7 @@ def main(cfg):
     net = copy.deepcopy(frozen).float().requires_grad_(True) if cfg.full else frozen
     torch.manual_seed(cfg.seed)
     cold = adapters.cold_start(cfg, net, frozen, list(teachers.values()))
-    for task, teacher in teachers.items():
-        if "net" not in teacher:
-            frozen.add_adapter(task, teacher["r"], teacher["alpha"], teacher["tensors"])
+    taught_by = adapters.attach(teachers, frozen)
     if not cfg.full:
         net.add_adapter(me, cold["r"], cold["alpha"], cold["tensors"], trainable=True)
     net.checkpointing = cfg.checkpointing
@@ -278,7 +276,6 @@ def main(cfg):
     student = util.distribute(net, cfg.full)
     params = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)
-    taught_by = {task: teacher["net"].fingerprint if "net" in teacher else models.fingerprint(teacher["tensors"]) for task, teacher in teachers.items()}
     settings, first = {**asdict(cfg), "teachers": taught_by, "world_size": world_size}, 0
     state = util.resume(folder / "state.pt", settings, model.fingerprint)
     if state:

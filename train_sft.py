@@ -82,9 +82,7 @@ def main(cfg):
     pattern = [task for task, n in ratio.items() for _ in range(n)]
     check_prompts(world, set(pattern))
     net, folder = model.mmdit, Path("runs") / cfg.name
-    for task, teacher in teachers.items():
-        if "net" not in teacher:
-            net.add_adapter(task, teacher["r"], teacher["alpha"], teacher["tensors"])
+    taught_by = adapters.attach(teachers, net)
     torch.manual_seed(cfg.seed)
     net.add_adapter("student", cfg.lora_r, cfg.lora_alpha, trainable=True)
     net.checkpointing = cfg.checkpointing
@@ -93,7 +91,6 @@ def main(cfg):
     student = util.distribute(net, full=False)
     params = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)
-    taught_by = {task: teacher["net"].fingerprint if "net" in teacher else models.fingerprint(teacher["tensors"]) for task, teacher in teachers.items()}
     settings, first = {**asdict(cfg), "teachers": taught_by, "world_size": world_size}, 0
     state = util.resume(folder / "state.pt", settings, model.fingerprint)
     if state:

@@ -293,9 +293,7 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # A resumed run forgets the lines after the checkpoint it goes on from, so that no iteration stands there twice.
             old = self.path.read_text().splitlines() if resume_at and self.path.exists() else []
-            tmp = self.path.with_suffix(".tmp")
-            tmp.write_text("".join(line + "\n" for line in old if self.iteration(line) <= resume_at))
-            os.replace(tmp, self.path)
+            write_atomic(self.path, "".join(line + "\n" for line in old if self.iteration(line) <= resume_at))
             (self.path.parent / "config.json").write_text(json.dumps(config, indent=1))
 
     @staticmethod
