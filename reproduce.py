@@ -31,7 +31,7 @@ TASKS = tuple(TEACHERS)
 GRPO_PASSES, BUDGET = 28, 100 * 64 * 33                    # of distillation with its defaults: 100 iterations of 64 images
 TEACHER_IMAGES = 250 * 192 + 225 * 96 + 50 * 96            # of the three shipped teachers
 # Seconds on two cores, to plan with.
-SECONDS = {"opd": 215, "grpo image": 15 * 60 / 48000, "eval": 30, "sft": 240}
+SECONDS = {"opd": 235, "grpo image": 18 * 60 / 48000, "eval": 50, "sft": 50}
 
 
 @dataclass
@@ -40,82 +40,87 @@ class Config:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])      # of everything in stage 2
     grpo_seeds: list[int] = field(default_factory=lambda: [0])       # of the long GRPO runs
     ranks: int = 2                                         # processes
+    compile: bool = False                                  # torch.compile in training (needs a C++ compiler): 1.5 times as fast on two CPU cores
     alone: bool = False                                    # nothing else runs on this machine, so that seconds mean something
     dry_run: bool = False                                  # only say what would run
     tables: bool = False                                   # only write the tables
     stop_after: int = 0                                    # start no job after so many minutes (0: no limit)
 
 
-def iters(passes_an_image, batch=64):
-    """Iterations that cost what the default's 100 do."""
-    return round(BUDGET / passes_an_image / batch)
+def opd(*more, passes=33, budget=BUDGET):
+    """Stage 2 for as many iterations as the budget (forward passes) pays for."""
+    return ["train_opd.py", "--teachers", *TEACHERS.values(), "--iters", round(budget / passes / 64), *more]
 
 
-def opd(*more, passes=33, **_):
-    return ["train_opd.py", "--teachers", *TEACHERS.values(), "--iters", iters(passes), *more]
+def half(*more, passes=33):
+    """At half of the default's budget, where what is slower still shows."""
+    return opd(*more, passes=passes, budget=BUDGET / 2)
 
 
 def mix(images, tasks=TASKS, batch=192, lr="2e-3"):
+    """One GRPO run on several rewards."""
     ratio = [{"geneval": 3, "ocr": 1, "quality": 1}[t] for t in tasks]
     return ["train_grpo.py", "--tasks", *tasks, "--ratio", *ratio, "--batch", batch, "--lr", lr, "--iters", math.ceil(images / batch)]
 
 
 def jobs(cfg):
-    """part -> {job: (command, result, seconds)}; {seed} in a name is one job a seed."""
+    """The plan: job -> its part, command, result and seconds. A name with -sN is that job with seed N."""
     whole = TEACHER_IMAGES + BUDGET / GRPO_PASSES          # images whose GRPO costs what the teachers and the distillation did
     # Of the several updates a rollout only the first has ratio 1: the paper's clip of 1e-4 would stop the others, so it is off here.
     pg, sampled, future, no_clip = ("--objective", "pg"), ("--reward", "sampled"), ("--credit", "future"), ("--clip", 1)
     ode, plain, r48, r16 = ("--rollout", "ode"), ("--objective", "velocity"), ("--lora-r", 48, "--lora-alpha", 48), ("--lora-r", 16, "--lora-alpha", 16)
+    sft = ("--init", "runs/rep-sft-s{seed}/student.pt")
     plan = {
+        "cost": {                                          # the teachers once more, with another seed and snapshots on the way
+            "quality-again": ["train_grpo.py", "--tasks", "quality", "--iters", 50, "--keep", 5],
+            "ocr-again": ["train_grpo.py", "--tasks", "ocr", "--iters", 225, "--keep", 25],
+            "geneval-again": ["train_grpo.py", "--tasks", "geneval", "--batch", 192, "--lr", "2e-3", "--iters", 250, "--keep", 25]},
         "main": {
-            "opd-merge": opd(),
+            "opd-merge": opd("--keep", 5),
             "sft": ["train_sft.py", "--teachers", *TEACHERS.values(), *r48],
-            "opd-sft": opd("--init", "runs/rep-sft-s{seed}/student.pt"),
+            "opd-sft": opd(*sft, "--keep", 5),
             "mix-small": mix(BUDGET / GRPO_PASSES),
             "mix-whole": mix(whole)},
-        "cold": {
-            "opd-none": opd("--init", "none", *r48),
-            "opd-truncate": opd("--init", "truncate", *r16),
-            "opd-factors": opd("--init", "factors")},
-        "mar": {
-            "opd-lam0": opd("--lam", 0, passes=28),
-            "opd-lam0.1": opd("--lam", 0.1),
-            "opd-lam0.5": opd("--lam", 0.5)},
-        "objectives": {
-            "opd-velocity": opd(*plain),
-            "opd-pg-dense": opd(*pg, *no_clip),
-            "opd-pg-dense-future": opd(*pg, *future, *no_clip),
-            "opd-pg-sampled": opd(*pg, *sampled, *no_clip),
-            "opd-pg-sampled-future": opd(*pg, *sampled, *future, *no_clip),
-            "opd-released": opd("--objective", "released", *no_clip)},
-        "states": {
-            "opd-cps": opd("--rollout", "cps"),
-            "opd-ode": opd(*ode, passes=48),
-            "opd-ode-velocity": opd(*ode, *plain, passes=48),
-            "opd-all": opd("--noisy", 0, 8, passes=48),
-            "opd-one": opd(*ode, *plain, "--one", "--steps", 16, "--noisy", 0, 1, passes=21)},
-        "beyond": {
-            "opd-extrapolate": opd("--extrapolate", 1.25, passes=38),
-            "opd-blend": opd("--blend", 0.1, passes=43)},
         "seesaw": {
             "mix-geneval-ocr": mix(48000, ("geneval", "ocr"))},
-        "cost": {
-            "geneval-again": ["train_grpo.py", "--tasks", "geneval", "--batch", 192, "--lr", "2e-3", "--iters", 250, "--keep", 25],
-            "ocr-again": ["train_grpo.py", "--tasks", "ocr", "--iters", 225, "--keep", 25],
-            "quality-again": ["train_grpo.py", "--tasks", "quality", "--iters", 50, "--keep", 5],
-            "opd-keep": opd("--keep", 5)},
+        "mar": {
+            "half": half(),
+            "half-lam0": half("--lam", 0, passes=28),
+            "half-lam0.1": half("--lam", 0.1),
+            "half-lam0.5": half("--lam", 0.5)},
+        "cold": {
+            "half-sft": half(*sft),
+            "half-none": half("--init", "none", *r48),
+            "half-truncate": half("--init", "truncate", *r16),
+            "half-factors": half("--init", "factors")},
+        "objectives": {
+            "half-velocity": half(*plain),
+            "half-pg-dense": half(*pg, *no_clip),
+            "half-pg-dense-lam0": half(*pg, *no_clip, "--lam", 0, passes=28),
+            "half-pg-dense-future": half(*pg, *future, *no_clip),
+            "half-pg-sampled": half(*pg, *sampled, *no_clip),
+            "half-pg-sampled-future": half(*pg, *sampled, *future, *no_clip),
+            "half-released": half("--objective", "released", *no_clip)},
+        "states": {
+            "half-cps": half("--rollout", "cps"),
+            "half-ode": half(*ode, passes=48),
+            "half-ode-velocity": half(*ode, *plain, passes=48),
+            "half-all": half("--noisy", 0, 8, passes=48),
+            "half-one": half(*ode, *plain, "--one", "--steps", 16, "--noisy", 0, 1, passes=21)},
+        "beyond": {
+            "half-extrapolate": half("--extrapolate", 1.25, passes=38),
+            "half-blend": half("--blend", 0.1, passes=43)},
     }
     found = {}
     for part, named in plan.items():
         for name, command in named.items():
             grpo = command[0] == "train_grpo.py"
-            short = name == "mix-small"
-            seeds = cfg.seeds if not grpo or short else [s + (name.endswith("again")) for s in cfg.grpo_seeds]
-            for seed in [0] if name == "opd-keep" else seeds:
+            seeds = cfg.seeds if not grpo or name == "mix-small" else [s + name.endswith("again") for s in cfg.grpo_seeds]
+            for seed in seeds:
                 job = f"{name}-s{seed}"
-                run = [str(x).replace("{seed}", str(seed)) for x in command] + ["--seed", str(seed), "--name", f"rep-{job}"]
+                run = [str(x).replace("{seed}", str(seed)) for x in command] + ["--seed", str(seed), "--name", f"rep-{job}"] + ["--compile"] * cfg.compile
                 images = int(run[run.index("--iters") + 1]) * int(run[run.index("--batch") + 1] if "--batch" in run else 96) if grpo else 0
-                seconds = images * SECONDS["grpo image"] if grpo else SECONDS["sft"] if name == "sft" else SECONDS["opd"]
+                seconds = images * SECONDS["grpo image"] if grpo else SECONDS["sft"] if name == "sft" else SECONDS["opd"] * (1 - name.startswith("half") / 2)
                 result = f"runs/rep-{job}/{'adapter' if grpo else 'student'}.pt"
                 found[job] = {"part": part, "command": run + (["--out", result] if grpo else []), "result": result, "seconds": seconds + SECONDS["eval"]}
     return found
@@ -129,7 +134,7 @@ def run(name, job, cfg):
     log.parent.mkdir(exist_ok=True)
     seed = job["command"][job["command"].index("--seed") + 1]
     evaluate = ["eval.py", "--ckpts", f"it={job['result']}", "--seed", seed, "--out", f"runs/rep-{name}/eval", "--diversity"]
-    choose = ["eval.py", "--ckpts", f"it={job['result']}", "--seed", seed, "--out", f"runs/rep-{name}/train", "--split", "train", "--per-task", "300"]
+    choose = ["eval.py", "--ckpts", f"it={job['result']}", "--seed", seed, "--out", f"runs/rep-{name}/train", "--split", "train", "--per-task", "150"]
     for command in (job["command"], evaluate, choose):
         with open(log, "a") as f:
             done = subprocess.run([*launch, *command], stdout=f, stderr=subprocess.STDOUT, env=env)
