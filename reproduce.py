@@ -4,10 +4,14 @@ The paper's findings on the tiny world, with seeds and error bars: runs everythi
     python reproduce.py --dry-run                        # what would run, and how long it will take
     python reproduce.py                                  # all of it; stopped and started again, it goes on where it was
     python reproduce.py --parts main mar --seeds 0 1 2   # some of it
-    python reproduce.py --tables                         # only results/reproduce.md from the results that are there
+    python reproduce.py --tables                         # only the tables and curves, from the results that are there
 
-A job is a training run and the evaluation of its result on the held-out prompts (600 images a task; noise seed = training seed). Its numbers go to
-results/reproduce/JOB.json with the command, seed, settings, commit and seconds. Jobs that are there are not run again. Shipped teachers (ckpt/) teach.
+A job is a training run and the evaluation of what came out, on the held-out prompts (600 images a task; noise seed = training seed, so jobs of one
+seed are compared image by image) and on training prompts (150 a task, to choose settings by). Its numbers go to results/reproduce/JOB.json with the
+command, seed, settings, commit and seconds. Jobs that are there are not run again. The shipped teachers (ckpt/) teach.
+
+Parts: main (the table), cost (the teachers again, with snapshots), seesaw, and at half of the budget mar, cold, objectives, states, beyond; then curves
+(snapshots of main and cost, evaluated) and fixed (KL to the teachers at the same states for all).
 
 Compute is counted in forward passes of the network for one image, a backward pass as two. GRPO: 8 rollout steps and, on each of the 5 trained ones, policy
 (1 + 2) and reference (1): 28 an image. Distillation: 8 + 5 (teacher 1, anchor 1, student 1 + 2) = 33. Variants get the default's passes in all.
@@ -22,8 +26,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
+import adapters
+import model as models
 import util
+from prompts import world_of
+from sampler import draw_noise, encode, gaussian_kl, rollout, schedule, sde_step, velocity
 
 ROOT, OUT = Path(__file__).parent, Path("results/reproduce")
 TEACHERS = {"geneval": "ckpt/geneval.pt", "ocr": "ckpt/ocr.pt", "quality": "ckpt/quality.pt"}
@@ -36,7 +46,7 @@ SECONDS = {"opd": 235, "grpo image": 18 * 60 / 48000, "eval": 50, "sft": 50}
 
 @dataclass
 class Config:
-    parts: list[str] = field(default_factory=list)         # main, cold, mar, objectives, states, beyond, seesaw, cost (default: all)
+    parts: list[str] = field(default_factory=list)         # main, cost, seesaw, mar, cold, objectives, states, beyond, curves, fixed (default: all)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])      # of everything in stage 2
     grpo_seeds: list[int] = field(default_factory=lambda: [0])       # of the long GRPO runs
     ranks: int = 2                                         # processes
@@ -44,6 +54,7 @@ class Config:
     alone: bool = False                                    # nothing else runs on this machine, so that seconds mean something
     dry_run: bool = False                                  # only say what would run
     tables: bool = False                                   # only write the tables
+    plot: bool = False                                     # only draw results/reproduce.png (needs matplotlib)
     stop_after: int = 0                                    # start no job after so many minutes (0: no limit)
 
 
@@ -80,7 +91,8 @@ def jobs(cfg):
             "sft": ["train_sft.py", "--teachers", *TEACHERS.values(), *r48],
             "opd-sft": opd(*sft, "--keep", 5),
             "mix-small": mix(BUDGET / GRPO_PASSES),
-            "mix-whole": mix(whole)},
+            "mix-whole": mix(whole),
+            "base": "base", **TEACHERS, "merge": "runs/rep-opd-merge-s{seed}/init.pt"},         # nothing to train
         "seesaw": {
             "mix-geneval-ocr": mix(48000, ("geneval", "ocr"))},
         "mar": {
@@ -110,47 +122,123 @@ def jobs(cfg):
         "beyond": {
             "half-extrapolate": half("--extrapolate", 1.25, passes=38),
             "half-blend": half("--blend", 0.1, passes=43)},
+        "curves": {                                        # job: the iterations whose snapshots are evaluated
+            "curve-quality-again": range(5, 50, 5),
+            "curve-ocr-again": range(25, 225, 25),
+            "curve-geneval-again": range(25, 250, 25),
+            "curve-opd-merge": (10, 20, 30, 50, 70),
+            "curve-opd-sft": (10, 20, 30, 50, 70)},
     }
     found = {}
     for part, named in plan.items():
-        for name, command in named.items():
-            grpo = command[0] == "train_grpo.py"
-            seeds = cfg.seeds if not grpo or name == "mix-small" else [s + name.endswith("again") for s in cfg.grpo_seeds]
-            for seed in seeds:
-                job = f"{name}-s{seed}"
-                run = [str(x).replace("{seed}", str(seed)) for x in command] + ["--seed", str(seed), "--name", f"rep-{job}"] + ["--compile"] * cfg.compile
-                images = int(run[run.index("--iters") + 1]) * int(run[run.index("--batch") + 1] if "--batch" in run else 96) if grpo else 0
-                seconds = images * SECONDS["grpo image"] if grpo else SECONDS["sft"] if name == "sft" else SECONDS["opd"] * (1 - name.startswith("half") / 2)
-                result = f"runs/rep-{job}/{'adapter' if grpo else 'student'}.pt"
-                found[job] = {"part": part, "command": run + (["--out", result] if grpo else []), "result": result, "seconds": seconds + SECONDS["eval"]}
+        for name, what in named.items():
+            again = name.endswith("again")
+            long = again or name in ("mix-whole", "mix-geneval-ocr")
+            for seed in [s + again for s in cfg.grpo_seeds] if long else cfg.seeds:
+                run, job = f"rep-{name}-s{seed}", {"part": part, "seed": seed, "command": [], "seconds": SECONDS["eval"]}
+                if isinstance(what, list):                 # a command: train, then evaluate
+                    of = "adapter" if what[0] == "train_grpo.py" else "student"
+                    more = ["--seed", seed, "--name", run] + ["--out", f"runs/{run}/adapter.pt"] * (of == "adapter") + ["--compile"] * cfg.compile
+                    job |= {"command": [str(x).replace("{seed}", str(seed)) for x in what + more], "ckpts": [f"it=runs/{run}/{of}.pt"]}
+                    job["seconds"] += planned(job["command"])
+                elif isinstance(what, str):                # a checkpoint: evaluate
+                    job["ckpts"] = ["it=" + what.replace("{seed}", str(seed))]
+                else:                                      # snapshots: evaluate them all on their own tasks
+                    source = run.replace("curve-", "")
+                    job |= {"ckpts": [f"{it}=runs/{source}/{'adapter' if again else 'student'}-{it}.pt" for it in what], "source": source,
+                            "tasks": [name.split("-")[1]] if again else TASKS}
+                    job["seconds"] = SECONDS["eval"] / 4 * len(job["ckpts"]) * len(job["tasks"])
+                found[f"{name}-s{seed}"] = job
     return found
+
+
+def planned(command):
+    """Seconds of a training command on two cores without torch.compile."""
+    def of(flag, default):
+        return int(command[command.index(flag) + 1]) if flag in command else default
+
+    if command[0] == "train_grpo.py":
+        return of("--iters", 0) * of("--batch", 96) * SECONDS["grpo image"]
+    return SECONDS["sft"] if command[0] == "train_sft.py" else SECONDS["opd"] * (0.5 if "rep-half" in " ".join(command) else 1)
+
+
+def launch(command, cfg):
+    """Run a script on cfg.ranks processes, its output to runs/reproduce.log."""
+    log = Path("runs/reproduce.log")
+    log.parent.mkdir(exist_ok=True)
+    how = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={cfg.ranks}"] if cfg.ranks > 1 else [sys.executable]
+    with open(log, "a") as f:
+        done = subprocess.run([*how, *command], stdout=f, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+    if done.returncode:
+        raise ValueError(f"{' '.join(command)} failed; the end of {log} says why")
+
+
+def evaluate(name, job, cfg, *more):
+    """The JSON of eval.py."""
+    out = f"runs/rep-{name}/eval"
+    launch(["eval.py", "--ckpts", *job["ckpts"], "--seed", str(job["seed"]), "--out", out, *more], cfg)
+    return json.loads(Path(out).with_suffix(".json").read_text())
+
+
+def train_rows(run):
+    """The log of a run, a dict an iteration."""
+    return [json.loads(line) for line in Path(f"runs/{run}/log.jsonl").read_text().splitlines()]
 
 
 def run(name, job, cfg):
     """Train, evaluate, and write results/reproduce/NAME.json; what a stopped run left is gone on with (every script resumes)."""
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={cfg.ranks}"] if cfg.ranks > 1 else [sys.executable]
-    env, start = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}, time.time()
-    log = Path("runs/reproduce.log")
-    log.parent.mkdir(exist_ok=True)
-    seed = job["command"][job["command"].index("--seed") + 1]
-    evaluate = ["eval.py", "--ckpts", f"it={job['result']}", "--seed", seed, "--out", f"runs/rep-{name}/eval", "--diversity"]
-    choose = ["eval.py", "--ckpts", f"it={job['result']}", "--seed", seed, "--out", f"runs/rep-{name}/train", "--split", "train", "--per-task", "150"]
-    for command in (job["command"], evaluate, choose):
-        with open(log, "a") as f:
-            done = subprocess.run([*launch, *command], stdout=f, stderr=subprocess.STDOUT, env=env)
-        if done.returncode:
-            raise ValueError(f"{' '.join(command)} failed; the end of {log} says why")
-        trained = time.time() - start if command is job["command"] else trained
-    table, chosen = (json.loads(Path(f"runs/rep-{name}/{which}.json").read_text()) for which in ("eval", "train"))
-    rows = [json.loads(line) for line in Path(f"runs/rep-{name}/log.jsonl").read_text().splitlines()]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    util.write_atomic(OUT / f"{name}.json", json.dumps({
-        "job": name, "part": job["part"], "seed": int(seed), "command": " ".join(job["command"]), "commit": commit, "cores": os.cpu_count(), "ranks": cfg.ranks,
-        "timed alone": cfg.alone,
-        "training seconds (sum of the log)": sum(r["s/it"] for r in rows), "seconds, this start": trained, "iterations": len(rows),
-        "table: mean, standard error, n": table["table: mean, standard error, n"]["it"], "diversity": table["diversity"]["it"],
-        "on training prompts (to choose settings by)": chosen["table: mean, standard error, n"]["it"],
-        "all scores": table["all scores: mean, standard error"]["it"], "last logged": rows[-1]}, indent=1))
+    result = {"job": name, "part": job["part"], "seed": job["seed"], "command": " ".join(job["command"]), "commit": commit, "cores": os.cpu_count(), "ranks": cfg.ranks}
+    table, train = "table: mean, standard error, n", ["--split", "train", "--per-task", "150"]
+    if "source" in job:
+        curve = evaluate(name, job, cfg, "--tasks", *job["tasks"])
+        source = json.loads((OUT / f"{job['source'][4:]}.json").read_text())
+        result |= {"source": source["command"], "s/it": source.get("s/it, median"), "iteration -> table": curve[table]}
+    else:
+        if job["command"]:
+            launch(job["command"], cfg)
+            rows = train_rows(f"rep-{name}")
+            result |= {"timed alone": cfg.alone, "s/it, median": float(np.median([r["s/it"] for r in rows])), "iterations": len(rows), "last logged": rows[-1]}
+        held_out, chosen = evaluate(name, job, cfg, "--diversity"), evaluate(name, job, cfg, *train)
+        result |= {table: held_out[table]["it"], "diversity": held_out["diversity"]["it"], "all scores": held_out["all scores: mean, standard error"]["it"],
+                   "on training prompts (to choose settings by)": chosen[table]["it"]}
+    util.write_atomic(OUT / f"{name}.json", json.dumps(result, indent=1))
+
+
+def fixed(cfg, per_task=60):
+    """results/reproduce/fixed-states.json: KL of every finished run to each prompt's own teacher, nats per latent element and step, at the SAME states for all.
+
+    Two sets of states: trajectories of the base and of the teacher itself (the training rollout's SDE, its five noisy steps), on held-out prompts.
+    """
+    file = OUT / "fixed-states.json"
+    done = json.loads(file.read_text()) if file.exists() else {}
+    todo = {name: job["ckpts"][0].split("=")[1] for name, job in jobs(cfg).items() if "source" not in job and name not in done}
+    todo = {name: path for name, path in todo.items() if path == "base" or Path(path).exists()}
+    world = world_of("tiny", [])
+    model = models.load("ckpt/tiny.safetensors", torch.device("cpu"))
+    teachers, times, net = adapters.read_teachers(list(TEACHERS.values()), model, world), schedule(8), model.mmdit
+    adapters.attach(teachers, net)
+    states = []                                            # (set, task, x, x's t, t_next, text, v_T): one for every task, set and step
+    for task in TASKS:
+        metas = world.eval_prompts(task, per_task, "eval")
+        text = encode(model.text, [meta["prompt"] for meta in metas])
+        noise = draw_noise([("fixed", task, i) for i in range(per_task)], 8, model.latent_shape())
+        for which, adapter in (("base", None), ("teacher", task)):
+            x = rollout(net, noise, times, text, 1.0, adapter, "sde", 0.7, range(5)).x
+            states += [(which, task, x[:, k], times[k].expand(per_task), times[k + 1].expand(per_task), text) for k in range(5)]
+    with torch.no_grad():
+        targets = [velocity(net, x, t, text, 1.0, task) for _, task, x, t, _, text in states]
+        for name, path in tqdm(todo.items(), desc="fixed states"):
+            found = adapters.read(path, net) if path != "base" else None
+            if found:
+                net.add_adapter(name.replace(".", "_"), found["r"], found["alpha"], found["tensors"])
+            kls = {}
+            for (which, task, x, t, t_next, text), v_T in zip(states, targets):
+                v = velocity(net, x, t, text, 1.0, name.replace(".", "_") if found else None)
+                mean, std = sde_step(x, v, t, t_next, 0.7, times[1])
+                kls.setdefault(f"{which}'s states", {}).setdefault(task, []).append(gaussian_kl(mean, sde_step(x, v_T, t, t_next, 0.7, times[1])[0], std).mean().item())
+            done[name] = {which: {task: float(np.mean(kl)) for task, kl in by.items()} for which, by in kls.items()}
+            util.write_atomic(file, json.dumps(done, indent=1))
 
 
 # ------------------------------------------------------------------ tables
@@ -161,50 +249,192 @@ def t95(n):
     return {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}.get(n, 1.96)
 
 
-def interval(values):
-    """"mean ± half width of the 95% interval over seeds", or the bare number of one seed."""
+def mean_half(values):
+    """Mean, and half the width of the 95% interval over seeds (nan for one seed)."""
     values = np.array(values, float)
-    return f"{values.mean():.3f} ± {t95(len(values)) * values.std(ddof=1) / math.sqrt(len(values)):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+    return float(values.mean()), float(t95(len(values)) * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def interval(values, form=".3f"):
+    """"mean ± half width of the 95% interval over seeds", or the bare number of one seed."""
+    mean, half_width = mean_half(values)
+    return f"{mean:{form}}" + ("" if math.isnan(half_width) else f" ± {half_width:{form.lstrip('+')}}")
 
 
 def collect():
-    """job without its seed -> its results, one a seed."""
+    """job without its seed -> {seed: its results}."""
     found = {}
     for file in sorted(OUT.glob("*-s*.json")):
-        found.setdefault(file.stem.rsplit("-s", 1)[0], []).append(json.loads(file.read_text()))
+        if file.stem != "fixed-states":
+            name, seed = file.stem.rsplit("-s", 1)
+            found.setdefault(name, {})[int(seed)] = json.loads(file.read_text())
     return found
 
 
+def scores(result, column):
+    return result["table: mean, standard error, n"][column][0]
+
+
+def share(found, name, seed, task, table=None):
+    """What part of its teacher's gain over the base a model has, all with the noise of that seed."""
+    base, teacher = scores(found["base"][seed], task), scores(found[task][seed], task)
+    return ((table[task][0] if table else scores(found[name][seed], task)) - base) / (teacher - base)
+
+
+def grid(header, rows):
+    return "\n".join(["| " + " | ".join(header) + " |", "|---" * len(header) + "|"] + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+ROWS = {"base": "base", "geneval": "teacher `geneval`", "ocr": "teacher `ocr`", "quality": "teacher `quality`", "geneval-again": "`geneval`, a second run",
+        "ocr-again": "`ocr`, a second run", "quality-again": "`quality`, a second run", "merge": "merge of the three", "sft": "SFT on teachers' pictures",
+        "mix-geneval-ocr": "GRPO-Mix of GenEval and OCR", "mix-small": "GRPO-Mix, distillation's compute",
+        "mix-whole": "GRPO-Mix, compute of teachers + distillation", "opd-sft": "**Flow-OPD from SFT**",
+        "opd-merge": "**Flow-OPD from merge**"}
+
+
+def main_table(found):
+    lines = [[ROWS[name], str(len(found[name])), *(interval([scores(r, c) for r in found[name].values()]) for c in (*TASKS, "average")),
+              interval([r["all scores"]["quality on geneval"][0] for r in found[name].values()]), interval([r["diversity"]["geneval"][0] for r in found[name].values()])]
+             for name in ROWS if name in found]
+    return grid(["model", "seeds", "GenEval", "OCR", "quality", "average", "quality of GenEval's pictures", "their diversity"], lines)
+
+
+def share_table(found):
+    """Parts of the teachers' gains, and the distance to GRPO-Mix."""
+    lines = []
+    for name in ("mix-small", "mix-whole", "opd-sft", "opd-merge"):
+        seeds = [s for s in found.get(name, ()) if all(s in found.get(other, ()) for other in ("base", *TASKS))]
+        if seeds:
+            ratios = [[share(found, name, s, task) for s in seeds] for task in TASKS]
+            lines.append([ROWS[name], str(len(seeds)), *(interval(r, ".2f") for r in ratios), interval(np.mean(ratios, 0), ".2f")])
+    return grid(["part of the teacher's gain over the base", "seeds", "GenEval", "OCR", "quality", "mean"], lines)
+
+
+def ablation_table(found, kls):
+    """Everything at half of the budget, minus the default there, seed by seed."""
+    base, lines = found.get("half", {}), []
+    for name in found:
+        if not name.startswith("half"):
+            continue
+        seeds, columns = [s for s in found[name] if s in base], (*TASKS, "average")
+        one = next(iter(found[name].values()))
+        if name == "half":
+            cells = [interval([scores(found[name][s], c) for s in seeds]) for c in columns]
+        else:
+            cells = [interval([scores(found[name][s], c) - scores(base[s], c) for s in seeds], "+.3f") for c in columns]
+        train = interval([r["on training prompts (to choose settings by)"]["average"][0] for r in found[name].values()])
+        kl = [[np.mean(list(kls[f"{name}-s{s}"][which].values())) * 1000 for s in seeds if f"{name}-s{s}" in kls] for which in ("teacher's states", "base's states")]
+        lines.append((PARTS.index(one["part"]), name != "half", [f"`{name[5:] or 'default'}`", one["part"], str(len(seeds)), *cells, train,
+                      interval([r["all scores"]["quality on geneval"][0] for r in found[name].values()]),
+                      interval([r["diversity"]["geneval"][0] for r in found[name].values()]), *(interval(k, ".2f") if k else "-" for k in kl)]))
+    return grid(["run", "part", "seeds", "GenEval", "OCR", "quality", "average", "average, training prompts", "quality of GenEval's pictures", "their diversity",
+                 "KL to the teachers, their states (1e-3)", "the base's states"], [line for *_, line in sorted(lines, key=lambda x: (x[0], x[1]))])
+
+
+PARTS = ["main", "cost", "seesaw", "mar", "cold", "objectives", "states", "beyond", "curves", "fixed"]
+PASSES = {"quality-again": 96 * GRPO_PASSES, "ocr-again": 96 * GRPO_PASSES, "geneval-again": 192 * GRPO_PASSES, "opd-merge": 64 * 33, "opd-sft": 64 * 33}     # an iteration
+
+
+def curve(found, name):
+    """Run NAME's part of the teacher's gain on the way: {task: [(iteration, mean over seeds, half width)]}, from iteration 0 to its end.
+
+    A GRPO run's own end is its 1; a distilled student is measured by the shipped teachers that taught it.
+    """
+    shots, grpo = found.get(f"curve-{name}", {}), name.endswith("again")
+    tasks, points = [name.split("-")[0]] if grpo else TASKS, {}
+    for task in tasks:
+        if grpo:
+            ends = {s: scores(found[name][s], task) for s in shots}
+            bases = {s: scores(found["base"][s], task) for s in shots}
+        else:
+            ends, bases = ({s: scores(found[of][s], task) for s in shots} for of in (task, "base"))
+        first = {s: scores(found["base" if name != "opd-sft" and grpo else {"opd-merge": "merge", "opd-sft": "sft"}[name]][s], task) for s in shots}
+        by = {0: first, **{int(it): {s: shots[s]["iteration -> table"][it][task][0] for s in shots} for it in next(iter(shots.values()))["iteration -> table"]},
+              found[name][min(shots)]["iterations"]: {s: scores(found[name][s], task) for s in shots}}
+        points[task] = [(it, *mean_half([(values[s] - bases[s]) / (ends[s] - bases[s]) for s in shots])) for it, values in by.items()]
+    return points
+
+
+def cost_table(found):
+    """Forward passes and seconds until 95% of the teacher's gain, at the first snapshot that has it."""
+    lines = []
+    for name in PASSES:
+        if f"curve-{name}" not in found or "base" not in found:
+            continue
+        points = curve(found, name)
+        if len(points) > 1:
+            points["mean of the three"] = [(it, float(np.mean([points[task][k][1] for task in TASKS])), 0) for k, (it, *_) in enumerate(points[TASKS[0]])]
+        runs = list(found[name].values())
+        pace = np.mean([r["s/it, median"] for r in runs]) if all(r["timed alone"] for r in runs) else math.nan
+        for task, at in points.items():
+            reached = next((it for it, mean, _ in at if mean >= 0.95), None)
+            lines.append([{"opd-merge": "Flow-OPD from merge", "opd-sft": "Flow-OPD from SFT"}.get(name, "GRPO"), task, str(at[-1][0]), f"{at[-1][1]:.2f}",
+                          *((str(reached), f"{reached * PASSES[name] / 1e3:.0f}", f"{reached * pace:.0f}") if reached is not None else ("not reached", "-", "-"))])
+    return grid(["run", "task", "iterations in all", "part of the gain at the end", "iterations to 0.95", "thousand forward passes", "seconds"], lines)
+
+
 def tables():
-    """results/reproduce.md from what is in results/reproduce/."""
+    """results/reproduce.md and the README's tables, from what is in results/reproduce/."""
+    found, file = collect(), OUT / "fixed-states.json"
+    kls = json.loads(file.read_text()) if file.exists() else {}
+    made = {"main": main_table(found), "share": share_table(found), "cost": cost_table(found), "half": ablation_table(found, kls)}
+    title = {"main": "Main table", "share": "Part of the teachers' gains", "cost": "Cost", "half": "Half of the budget: the default, and others minus it, seed by seed"}
+    text = ("Mean and 95% interval over seeds (Student's t; a number alone is one seed). Held-out prompts, 600 images a task and seed.\n"
+            "Made by `python reproduce.py --tables`.\n" + "".join(f"\n## {title[key]}\n\n{table}\n" for key, table in made.items()))
+    util.write_atomic("results/reproduce.md", text)
+    readme = Path("README.md").read_text()
+    for key, table in made.items():
+        start, end = f"<!-- reproduce: {key} -->\n", "<!-- end -->"
+        if start in readme:
+            head, rest = readme.split(start, 1)
+            readme = head + start + table + "\n" + end + rest.split(end, 1)[1]
+    util.write_atomic("README.md", readme)
+    print(text)
+
+
+def plot():
+    """results/reproduce.png: the curves and the ablations. Needs matplotlib, which nothing else does."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
     found = collect()
-    lines = ["Mean and 95% interval over seeds (Student's t; a number alone is one seed). Held-out prompts, 600 images a task and seed.",
-             "Made by `python reproduce.py --tables`.", ""]
-    columns = [*TASKS, "average"]
-    lines += ["| run | part | seeds | " + " | ".join(columns) + " | diversity (GenEval prompts) | s, alone |", "|---" * (len(columns) + 5) + "|"]
-    for name, results in sorted(found.items(), key=lambda item: (item[1][0]["part"], item[0])):
-        cells = [interval([r["table: mean, standard error, n"][c][0] for r in results]) for c in columns]
-        spread = interval([r["diversity"]["geneval"][0] for r in results])
-        timed = [r["training seconds (sum of the log)"] for r in results if r["timed alone"]]
-        seconds = f"{np.mean(timed):.0f}" if timed else "-"
-        lines.append(f"| {name} | {results[0]['part']} | {len(results)} | " + " | ".join(cells) + f" | {spread} | {seconds} |")
-    util.write_atomic("results/reproduce.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
+    for name in PASSES:
+        if f"curve-{name}" in found:
+            for task, at in curve(found, name).items():
+                x, y, e = (np.array(column, float) for column in zip(*at))
+                left.errorbar(x * PASSES[name] / 1e6, y, np.nan_to_num(e), color=f"C{TASKS.index(task)}", linestyle={"opd-merge": "-", "opd-sft": ":"}.get(name, "--"),
+                              label=f"{task}, {ROWS.get(name, 'GRPO').strip('*')}", capsize=2)
+    left.axhline(0.95, color="grey", linewidth=0.5)
+    left.set(xscale="symlog", xlabel="million forward passes of one image", ylabel="part of the teacher's gain over the base", ylim=(-0.4, 1.15))
+    left.set_xscale("symlog", linthresh=0.01)
+    left.legend(fontsize=7)
+    names = sorted((n for n in found if n.startswith("half-")), key=lambda n: -PARTS.index(next(iter(found[n].values()))["part"]))
+    for y, name in enumerate(names):
+        differences = [scores(found[name][s], "average") - scores(found["half"][s], "average") for s in found[name] if s in found["half"]]
+        mean, width = mean_half(differences)
+        right.errorbar(mean, y, xerr=0 if math.isnan(width) else width, fmt="o", color="C0", capsize=3)
+        right.plot(differences, [y] * len(differences), "|", color="grey")
+    right.axvline(0, color="grey", linewidth=0.5)
+    right.set_yticks(range(len(names)), [n[5:] for n in names])
+    right.set(xscale="symlog", xlabel="average score minus the default's, half budget, 95% interval over seeds")
+    right.set_xscale("symlog", linthresh=0.02)
+    figure.tight_layout()
+    figure.savefig("results/reproduce.png", dpi=110)
 
 
 def main(cfg):
     todo = jobs(cfg)
-    parts = {job["part"] for job in todo.values()}
     for part in cfg.parts:
-        if part not in parts:
-            raise ValueError(f"--parts {part}: expected some of {', '.join(sorted(parts))}")
-    if cfg.tables:
-        return tables()
+        if part not in PARTS:
+            raise ValueError(f"--parts {part}: expected some of {', '.join(PARTS)}")
+    if cfg.tables or cfg.plot:
+        return tables() if cfg.tables else plot()
     todo = {name: job for name, job in todo.items() if (not cfg.parts or job["part"] in cfg.parts) and not (OUT / f"{name}.json").exists()}
     left, begun = sum(job["seconds"] for job in todo.values()), time.time()
     print(f"{len(todo)} jobs to run, about {left / 3600:.1f} hours on two cores")
     for name, job in todo.items():
-        print(f"{name:28s} {job['seconds'] / 60:5.1f} min   {' '.join(job['command'])}")
+        print(f"{name:28s} {job['seconds'] / 60:5.1f} min   {' '.join(job['command']) or 'evaluation of ' + ' '.join(job['ckpts'])}")
     if cfg.dry_run:
         return
     for n, (name, job) in enumerate(todo.items()):
@@ -214,6 +444,8 @@ def main(cfg):
         run(name, job, cfg)
         left -= job["seconds"]
         print(f"[{n + 1}/{len(todo)}] {name}: {time.time() - start:.0f} s (planned {job['seconds']:.0f}); about {left / 3600:.1f} hours left", flush=True)
+    if not cfg.parts or "fixed" in cfg.parts:
+        fixed(cfg)
     tables()
 
 
