@@ -13,7 +13,7 @@ command, seed, settings, commit and seconds. Jobs that are there are not run aga
 Parts: main (the table), cost (the teachers again, with snapshots), seesaw, and at half of the budget mar, cold, objectives, states, beyond; then curves
 (snapshots of main and cost, evaluated) and fixed (KL to the teachers at the same states for all).
 
-Compute is counted in forward passes of the network for one image, a backward pass as two. GRPO: 8 rollout steps and, on each of the 5 trained ones, policy
+Compute is counted in forward passes of the network for one image, a backward pass as two; scoring and the VAE are left out. GRPO: 8 rollout steps and, on each of the 5 trained ones, policy
 (1 + 2) and reference (1): 28 an image. Distillation: 8 + 5 (teacher 1, anchor 1, student 1 + 2) = 33. Variants get the default's passes in all.
 """
 import json
@@ -90,6 +90,7 @@ def jobs(cfg):
             "opd-merge": opd("--keep", 5),
             "sft": ["train_sft.py", "--teachers", *TEACHERS.values(), *r48],
             "opd-sft": opd(*sft, "--keep", 5),
+            "sft-equal": ["train_sft.py", "--teachers", *TEACHERS.values(), *r48, "--samples", 4320, "--iters", 650],      # off policy, distillation's compute
             "mix-small": mix(BUDGET / GRPO_PASSES),
             "mix-whole": mix(whole),
             "base": "base", **TEACHERS, "merge": "runs/rep-opd-merge-s{seed}/init.pt"},         # nothing to train
@@ -159,7 +160,7 @@ def planned(command):
 
     if command[0] == "train_grpo.py":
         return of("--iters", 0) * of("--batch", 96) * SECONDS["grpo image"]
-    return SECONDS["sft"] if command[0] == "train_sft.py" else SECONDS["opd"] * (0.5 if "rep-half" in " ".join(command) else 1)
+    return SECONDS["sft"] * of("--iters", 300) / 300 if command[0] == "train_sft.py" else SECONDS["opd"] * (0.5 if "rep-half" in " ".join(command) else 1)
 
 
 def launch(command, cfg):
@@ -286,7 +287,8 @@ def grid(header, rows):
 
 
 ROWS = {"base": "base", "geneval": "teacher `geneval`", "ocr": "teacher `ocr`", "quality": "teacher `quality`", "geneval-again": "`geneval`, a second run",
-        "ocr-again": "`ocr`, a second run", "quality-again": "`quality`, a second run", "merge": "merge of the three", "sft": "SFT on teachers' pictures",
+        "ocr-again": "`ocr`, a second run", "quality-again": "`quality`, a second run", "merge": "merge of the three", "sft": "SFT on teachers' pictures (the cold start)",
+        "sft-equal": "SFT, distillation's compute",
         "mix-geneval-ocr": "GRPO-Mix of GenEval and OCR", "mix-small": "GRPO-Mix, distillation's compute",
         "mix-whole": "GRPO-Mix, compute of teachers + distillation", "opd-sft": "**Flow-OPD from SFT**",
         "opd-merge": "**Flow-OPD from merge**"}
@@ -302,7 +304,7 @@ def main_table(found):
 def share_table(found):
     """Parts of the teachers' gains, and the distance to GRPO-Mix."""
     lines = []
-    for name in ("mix-small", "mix-whole", "opd-sft", "opd-merge"):
+    for name in ("mix-small", "mix-whole", "sft-equal", "opd-sft", "opd-merge"):
         seeds = [s for s in found.get(name, ()) if all(s in found.get(other, ()) for other in ("base", *TASKS))]
         if seeds:
             ratios = [[share(found, name, s, task) for s in seeds] for task in TASKS]
