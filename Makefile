@@ -23,8 +23,8 @@ teachers: .venv/done              # stage 1, from the shipped base (under an hou
 	$(RUN) train_grpo.py --tasks ocr --iters 225
 	$(RUN) train_grpo.py --tasks quality --anchor --iters 50
 
-reproduce: .venv/done             # the paper's findings with several seeds (about six hours on two cores; resumes)
-	$(BIN)/python reproduce.py --ranks $(RANKS)
+reproduce: .venv/done             # the paper's findings with several seeds (about six hours on two cores, ARGS=--compile for four; resumes)
+	$(BIN)/python reproduce.py --ranks $(RANKS) $(ARGS)
 
 base: .venv/done                  # the tiny VAE and base, from nothing (resumes)
 	$(RUN) tiny.py
