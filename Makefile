@@ -1,6 +1,7 @@
 # Two commands do everything: `make demo` and `make test`. Both make .venv first, from requirements.txt.
 PYTHON ?= python3.11
 RANKS ?= 2
+ARGS ?= --compile
 export OMP_NUM_THREADS ?= 1
 BIN = .venv/bin
 RUN = $(BIN)/torchrun --nproc_per_node=$(RANKS)
@@ -23,7 +24,7 @@ teachers: .venv/done              # stage 1, from the shipped base (under an hou
 	$(RUN) train_grpo.py --tasks ocr --iters 225
 	$(RUN) train_grpo.py --tasks quality --anchor --iters 50
 
-reproduce: .venv/done             # the paper's findings with several seeds (about six hours on two cores, ARGS=--compile for four; resumes)
+reproduce: .venv/done             # the paper's findings with several seeds (about six hours on two cores; resumes; needs a C++ compiler, or ARGS=)
 	$(BIN)/python reproduce.py --ranks $(RANKS) $(ARGS)
 
 base: .venv/done                  # the tiny VAE and base, from nothing (resumes)

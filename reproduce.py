@@ -40,8 +40,8 @@ TEACHERS = {"geneval": "ckpt/geneval.pt", "ocr": "ckpt/ocr.pt", "quality": "ckpt
 TASKS = tuple(TEACHERS)
 GRPO_PASSES, BUDGET = 28, 100 * 64 * 33                    # of distillation with its defaults: 100 iterations of 64 images
 TEACHER_IMAGES = 250 * 192 + 225 * 96 + 50 * 96            # of the three shipped teachers
-# Seconds on two cores, to plan with.
-SECONDS = {"opd": 235, "grpo image": 18 * 60 / 48000, "eval": 50, "sft": 50}
+# Seconds on two cores with --compile (without: 1.5 times as long in training), to plan with.
+SECONDS = {"opd": 200, "grpo image": 16 / 1000, "eval": 50, "sft": 120}
 
 
 @dataclass
@@ -154,13 +154,14 @@ def jobs(cfg):
 
 
 def planned(command):
-    """Seconds of a training command on two cores without torch.compile."""
+    """Seconds of a training command on two cores."""
     def of(flag, default):
         return int(command[command.index(flag) + 1]) if flag in command else default
 
+    slower = 1 if "--compile" in command else 1.5
     if command[0] == "train_grpo.py":
-        return of("--iters", 0) * of("--batch", 96) * SECONDS["grpo image"]
-    return SECONDS["sft"] * of("--iters", 300) / 300 if command[0] == "train_sft.py" else SECONDS["opd"] * (0.5 if "rep-half" in " ".join(command) else 1)
+        return of("--iters", 0) * of("--batch", 96) * SECONDS["grpo image"] * slower
+    return slower * (SECONDS["sft"] * of("--iters", 300) / 300 if command[0] == "train_sft.py" else SECONDS["opd"] * (0.5 if "rep-half" in " ".join(command) else 1))
 
 
 def launch(command, cfg):
@@ -312,6 +313,19 @@ def share_table(found):
     return grid(["part of the teacher's gain over the base", "seeds", "GenEval", "OCR", "quality", "mean"], lines)
 
 
+def difference_table(found):
+    """Model minus model, seed by seed: same prompts, same noise. The teachers' row takes each task's own."""
+    lines = []
+    for name, other in (("opd-merge", TASKS), ("opd-sft", TASKS), ("opd-merge", "mix-whole"), ("opd-merge", "mix-small"), ("opd-merge", "sft-equal"), ("opd-merge", "opd-sft")):
+        others = dict(zip(TASKS, other)) if other == TASKS else {c: other for c in (*TASKS, "average")}
+        seeds = [s for s in found.get(name, ()) if all(s in found.get(o, ()) for o in others.values())]
+        if seeds:
+            cells = [interval([scores(found[name][s], c) - scores(found[o][s], c) for s in seeds], "+.3f") for c, o in others.items()]
+            title = f"{ROWS[name]} minus {'each teacher on its own task' if other == TASKS else ROWS[other]}".replace("**", "")
+            lines.append([title, str(len(seeds)), *cells] + [""] * (other == TASKS))
+    return grid(["difference", "seeds", "GenEval", "OCR", "quality", "average"], lines)
+
+
 def ablation_table(found, kls):
     """Everything at half of the budget, minus the default there, seed by seed."""
     base, lines = found.get("half", {}), []
@@ -342,18 +356,14 @@ def curve(found, name):
 
     A GRPO run's own end is its 1; a distilled student is measured by the shipped teachers that taught it.
     """
-    shots, grpo = found.get(f"curve-{name}", {}), name.endswith("again")
-    tasks, points = [name.split("-")[0]] if grpo else TASKS, {}
-    for task in tasks:
-        if grpo:
-            ends = {s: scores(found[name][s], task) for s in shots}
-            bases = {s: scores(found["base"][s], task) for s in shots}
-        else:
-            ends, bases = ({s: scores(found[of][s], task) for s in shots} for of in (task, "base"))
-        first = {s: scores(found["base" if name != "opd-sft" and grpo else {"opd-merge": "merge", "opd-sft": "sft"}[name]][s], task) for s in shots}
-        by = {0: first, **{int(it): {s: shots[s]["iteration -> table"][it][task][0] for s in shots} for it in next(iter(shots.values()))["iteration -> table"]},
-              found[name][min(shots)]["iterations"]: {s: scores(found[name][s], task) for s in shots}}
-        points[task] = [(it, *mean_half([(values[s] - bases[s]) / (ends[s] - bases[s]) for s in shots])) for it, values in by.items()]
+    shots, points = found[f"curve-{name}"], {}
+    for task in [name.split("-")[0]] if name.endswith("again") else TASKS:
+        start, goal = {"opd-merge": ("merge", task), "opd-sft": ("sft", task)}.get(name, ("base", name))
+        scored = {0: {s: scores(found[start][s], task) for s in shots}, found[name][min(shots)]["iterations"]: {s: scores(found[name][s], task) for s in shots}}
+        for it in next(iter(shots.values()))["iteration -> table"]:
+            scored[int(it)] = {s: shots[s]["iteration -> table"][it][task][0] for s in shots}
+        base, end = ({s: scores(found[of][s], task) for s in shots} for of in ("base", goal))
+        points[task] = [(it, *mean_half([(by[s] - base[s]) / (end[s] - base[s]) for s in shots])) for it, by in sorted(scored.items())]
     return points
 
 
@@ -361,7 +371,7 @@ def cost_table(found):
     """Forward passes and seconds until 95% of the teacher's gain, at the first snapshot that has it."""
     lines = []
     for name in PASSES:
-        if f"curve-{name}" not in found or "base" not in found:
+        if f"curve-{name}" not in found:
             continue
         points = curve(found, name)
         if len(points) > 1:
@@ -379,8 +389,8 @@ def tables():
     """results/reproduce.md and the README's tables, from what is in results/reproduce/."""
     found, file = collect(), OUT / "fixed-states.json"
     kls = json.loads(file.read_text()) if file.exists() else {}
-    made = {"main": main_table(found), "share": share_table(found), "cost": cost_table(found), "half": ablation_table(found, kls)}
-    title = {"main": "Main table", "share": "Part of the teachers' gains", "cost": "Cost", "half": "Half of the budget: the default, and others minus it, seed by seed"}
+    made = {"main": main_table(found), "share": share_table(found), "minus": difference_table(found), "cost": cost_table(found), "half": ablation_table(found, kls)}
+    title = {"main": "Main table", "share": "Part of the teachers' gains", "minus": "Differences, seed by seed", "cost": "Cost", "half": "Half of the budget: the default, and others minus it, seed by seed"}
     text = ("Mean and 95% interval over seeds (Student's t; a number alone is one seed). Held-out prompts, 600 images a task and seed.\n"
             "Made by `python reproduce.py --tables`.\n" + "".join(f"\n## {title[key]}\n\n{table}\n" for key, table in made.items()))
     util.write_atomic("results/reproduce.md", text)
