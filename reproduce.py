@@ -77,7 +77,8 @@ def mix(images, tasks=TASKS, batch=192, lr="2e-3"):
 def jobs(cfg):
     """The plan: job -> its part, command, result and seconds. A name with -sN is that job with seed N."""
     whole = TEACHER_IMAGES + BUDGET / GRPO_PASSES          # images whose GRPO costs what the teachers and the distillation did
-    # Of the several updates a rollout only the first has ratio 1: the paper's clip of 1e-4 would stop the others, so it is off here.
+    # Of the several updates a rollout only the first has ratio 1: the paper's clip of 1e-4 would stop the others, so it is off here. A policy gradient is
+    # 1/N of the KL's (train_opd.py), so that the anchor's lam is N times as strong beside it: hence pg without anchor, too.
     pg, sampled, future, no_clip = ("--objective", "pg"), ("--reward", "sampled"), ("--credit", "future"), ("--clip", 1)
     ode, plain, r48, r16 = ("--rollout", "ode"), ("--objective", "velocity"), ("--lora-r", 48, "--lora-alpha", 48), ("--lora-r", 16, "--lora-alpha", 16)
     sft = ("--init", "runs/rep-sft-s{seed}/student.pt")
@@ -110,9 +111,10 @@ def jobs(cfg):
             "half-velocity": half(*plain),
             "half-pg-dense": half(*pg, *no_clip),
             "half-pg-dense-lam0": half(*pg, *no_clip, "--lam", 0, passes=28),
-            "half-pg-dense-future": half(*pg, *future, *no_clip),
+            "half-pg-dense-future-lam0": half(*pg, *future, *no_clip, "--lam", 0, passes=28),
             "half-pg-sampled": half(*pg, *sampled, *no_clip),
-            "half-pg-sampled-future": half(*pg, *sampled, *future, *no_clip),
+            "half-pg-sampled-lam0": half(*pg, *sampled, *no_clip, "--lam", 0, passes=28),
+            "half-pg-sampled-future-lam0": half(*pg, *sampled, *future, *no_clip, "--lam", 0, passes=28),
             "half-released": half("--objective", "released", *no_clip)},
         "states": {
             "half-cps": half("--rollout", "cps"),

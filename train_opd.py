@@ -26,7 +26,8 @@ the teacher's is p_T with the same variance, and D = KL(p_S || p_T) = w |v_S - v
 Why. (1) E[grad log p_S(x_next|x)] = grad of the integral of p_S = grad 1 = 0, so what does not depend on x_next, as D(x), is multiplied with 0 on
 average. (2) grad D = grad E[log p_S - log p_T] = E[(log p_S - log p_T) grad log p_S] + E[grad log p_S], and the last is 0: the sampled form. (3) A
 trajectory's log ratio is the sum over its steps; past steps' are constants to the later action, so of the sum only this and later steps' stay. Taking the
-expectation of each later one at its own state turns it into D there: dense and future, plus grad D at this state itself. (4) As the noise a goes to 0,
+expectation of each later one at its own state turns it into D there: dense and future, plus grad D at this state itself. All numbers here are averages
+over the N latent elements, so a pg's product of two of them has 1/N of the gradient above (the same direction, but beside it --lam weighs N times as much). (4) As the noise a goes to 0,
 std^2 = sigma_t^2 dt and 2 a^2 w -> dt (1 - t) / t: an ODE rollout has no density, but its states can be weighed like that (here: with the SDE's w at --a).
 tests/test_objectives.py shows all this on a linear-Gaussian policy, where every expectation is known.
 
