@@ -96,6 +96,7 @@ def jobs(cfg):
             "mix-whole": mix(whole),
             "base": "base", **TEACHERS, "merge": "runs/rep-opd-merge-s{seed}/init.pt"},         # nothing to train
         "seesaw": {
+            "mix-group": mix(BUDGET / GRPO_PASSES) + ["--adv-std", "group"],         # every task's advantages have the same size, whatever its rewards' spread
             "mix-geneval-ocr": mix(48000, ("geneval", "ocr"))},
         "mar": {
             "half": half(),
@@ -293,6 +294,7 @@ ROWS = {"base": "base", "geneval": "teacher `geneval`", "ocr": "teacher `ocr`", 
         "ocr-again": "`ocr`, a second run", "quality-again": "`quality`, a second run", "merge": "merge of the three", "sft": "SFT on teachers' pictures (the cold start)",
         "sft-equal": "SFT, distillation's compute",
         "mix-geneval-ocr": "GRPO-Mix of GenEval and OCR", "mix-small": "GRPO-Mix, distillation's compute",
+        "mix-group": "the same, `--adv-std group`",
         "mix-whole": "GRPO-Mix, compute of teachers + distillation", "opd-sft": "**Flow-OPD from SFT**",
         "opd-merge": "**Flow-OPD from merge**"}
 
@@ -307,7 +309,7 @@ def main_table(found):
 def share_table(found):
     """Parts of the teachers' gains, and the distance to GRPO-Mix."""
     lines = []
-    for name in ("mix-small", "mix-whole", "sft-equal", "opd-sft", "opd-merge"):
+    for name in ("mix-small", "mix-group", "mix-whole", "sft-equal", "opd-sft", "opd-merge"):
         seeds = [s for s in found.get(name, ()) if all(s in found.get(other, ()) for other in ("base", *TASKS))]
         if seeds:
             ratios = [[share(found, name, s, task) for s in seeds] for task in TASKS]
