@@ -47,6 +47,7 @@ SECONDS = {"opd": 200, "grpo image": 16 / 1000, "eval": 50, "sft": 120}
 @dataclass
 class Config:
     parts: list[str] = field(default_factory=list)         # main, cost, seesaw, mar, cold, objectives, states, beyond, curves, fixed (default: all)
+    only: list[str] = field(default_factory=list)          # jobs by name, e.g. half-lam0-s1 (default: all of the parts)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])      # of everything in stage 2
     grpo_seeds: list[int] = field(default_factory=lambda: [0])       # of the long GRPO runs
     ranks: int = 2                                         # processes
@@ -77,9 +78,9 @@ def mix(images, tasks=TASKS, batch=192, lr="2e-3"):
 def jobs(cfg):
     """The plan: job -> its part, command, result and seconds. A name with -sN is that job with seed N."""
     whole = TEACHER_IMAGES + BUDGET / GRPO_PASSES          # images whose GRPO costs what the teachers and the distillation did
-    # Of the several updates a rollout only the first has ratio 1: the paper's clip of 1e-4 would stop the others, so it is off here. A policy gradient is
-    # 1/N of the KL's (train_opd.py), so that the anchor's lam is N times as strong beside it: hence pg without anchor, too.
+    # Of the several updates a rollout only the first has ratio 1: the paper's clip of 1e-4 would stop the others, so it is off here, or there is one.
     pg, sampled, future, no_clip = ("--objective", "pg"), ("--reward", "sampled"), ("--credit", "future"), ("--clip", 1)
+    alone = ("--lam", 0)
     ode, plain, r48, r16 = ("--rollout", "ode"), ("--objective", "velocity"), ("--lora-r", 48, "--lora-alpha", 48), ("--lora-r", 16, "--lora-alpha", 16)
     sft = ("--init", "runs/rep-sft-s{seed}/student.pt")
     plan = {
@@ -108,30 +109,30 @@ def jobs(cfg):
             "half-none": half("--init", "none", *r48),
             "half-truncate": half("--init", "truncate", *r16),
             "half-factors": half("--init", "factors")},
-        "objectives": {
-            "half-velocity": half(*plain),
-            "half-pg-dense": half(*pg, *no_clip),
-            "half-pg-dense-lam0": half(*pg, *no_clip, "--lam", 0, passes=28),
-            "half-pg-dense-future-lam0": half(*pg, *future, *no_clip, "--lam", 0, passes=28),
-            "half-pg-sampled": half(*pg, *sampled, *no_clip),
-            "half-pg-sampled-lam0": half(*pg, *sampled, *no_clip, "--lam", 0, passes=28),
-            "half-pg-sampled-future-lam0": half(*pg, *sampled, *future, *no_clip, "--lam", 0, passes=28),
-            "half-released": half("--objective", "released", *no_clip)},
+        "objectives": {                                    # without the anchor, whose weight beside the loss would differ from objective to objective
+            "half-velocity-lam0": half(*plain, *alone, passes=28),
+            "half-released-lam0": half("--objective", "released", *no_clip, *alone, passes=28),
+            "half-pg-dense-lam0": half(*pg, *no_clip, *alone, passes=28),
+            "half-pg-sampled-lam0": half(*pg, *sampled, *no_clip, *alone, passes=28),
+            "half-pg-sampled-slow-lam0": half(*pg, *sampled, *no_clip, *alone, "--lr", "3e-4", passes=28),
+            "half-pg-sampled-future-lam0": half(*pg, *sampled, *future, *no_clip, *alone, passes=28),
+            "half-pg-dense-future-lam0": half(*pg, *future, *no_clip, *alone, passes=28),
+            "half-paper": half(*pg, "--updates", 1)},      # as printed: with the anchor, and the ratio is 1, so inside the clip range
         "states": {
             "half-cps": half("--rollout", "cps"),
-            "half-ode": half(*ode, passes=48),
-            "half-ode-velocity": half(*ode, *plain, passes=48),
+            "half-ode": half(*ode, "--supervised", 0, 5),  # the default's states but for the noise
+            "half-ode-all": half(*ode, passes=48),
             "half-all": half("--noisy", 0, 8, passes=48),
             "half-one": half(*ode, *plain, "--one", "--steps", 16, "--noisy", 0, 1, passes=21)},
         "beyond": {
             "half-extrapolate": half("--extrapolate", 1.25, passes=38),
             "half-blend": half("--blend", 0.1, passes=43)},
         "curves": {                                        # job: the iterations whose snapshots are evaluated
-            "curve-quality-again": range(5, 50, 5),
-            "curve-ocr-again": range(25, 225, 25),
-            "curve-geneval-again": range(25, 250, 25),
-            "curve-opd-merge": (10, 20, 30, 50, 70),
-            "curve-opd-sft": (10, 20, 30, 50, 70)},
+            "curve-quality-again": (5, 10, 20, 30, 40),
+            "curve-ocr-again": (25, 50, 100, 150, 200),
+            "curve-geneval-again": (25, 50, 100, 150, 200, 225),
+            "curve-opd-merge": (10, 25, 50, 75),
+            "curve-opd-sft": (10, 25, 50, 75)},
     }
     found = {}
     for part, named in plan.items():
@@ -446,7 +447,10 @@ def main(cfg):
             raise ValueError(f"--parts {part}: expected some of {', '.join(PARTS)}")
     if cfg.tables or cfg.plot:
         return tables() if cfg.tables else plot()
-    todo = {name: job for name, job in todo.items() if (not cfg.parts or job["part"] in cfg.parts) and not (OUT / f"{name}.json").exists()}
+    for name in cfg.only:
+        if name not in todo:
+            raise ValueError(f"--only {name}: expected some of {', '.join(todo)}")
+    todo = {name: job for name, job in todo.items() if (not cfg.parts or job["part"] in cfg.parts) and (not cfg.only or name in cfg.only) and not (OUT / f"{name}.json").exists()}
     left, begun = sum(job["seconds"] for job in todo.values()), time.time()
     print(f"{len(todo)} jobs to run, about {left / 3600:.1f} hours on two cores")
     for name, job in todo.items():
@@ -460,7 +464,7 @@ def main(cfg):
         run(name, job, cfg)
         left -= job["seconds"]
         print(f"[{n + 1}/{len(todo)}] {name}: {time.time() - start:.0f} s (planned {job['seconds']:.0f}); about {left / 3600:.1f} hours left", flush=True)
-    if not cfg.parts or "fixed" in cfg.parts:
+    if "fixed" in cfg.parts or not cfg.parts + cfg.only:
         fixed(cfg)
     tables()
 

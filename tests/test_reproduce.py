@@ -66,7 +66,7 @@ def written(tmp_path, monkeypatch):
         made = {"base": result("base", seed, 0.2, 0.4, 0.6), "geneval": result("geneval", seed, 0.3, 0, 0), "ocr": result("ocr", seed, 0, 0.8, 0),
                 "quality": result("quality", seed, 0, 0, 1.0), "merge": result("merge", seed, 0.2, 0.5, 0.7),
                 "opd-merge": result("opd-merge", seed, 0.29 + 0.01 * seed, 0.6, 0.8, iterations=100, **{"s/it, median": 2.0}),
-                "half": result("half", seed, 0.1 * seed, 0.5, 0.5), "half-velocity": result("half-velocity", seed, 0.1 * seed + 0.03, 0.5, 0.5)}
+                "half": result("half", seed, 0.1 * seed, 0.5, 0.5), "half-velocity-lam0": result("half-velocity-lam0", seed, 0.1 * seed + 0.03, 0.5, 0.5)}
         for name, r in made.items():
             (reproduce.OUT / f"{name}-s{seed}.json").write_text(json.dumps(r))
         shots = {"50": result("opd-merge", seed, 0.3, 0.79, 0.99)["table: mean, standard error, n"], "70": result("opd-merge", seed, 0.2, 0.4, 0.6)["table: mean, standard error, n"]}
