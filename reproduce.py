@@ -8,13 +8,15 @@ The paper's findings on the tiny world, with seeds and error bars: runs everythi
 
 A job is a training run and the evaluation of what came out, on the held-out prompts (600 images a task; noise seed = training seed, so jobs of one
 seed are compared image by image) and on training prompts (150 a task, to choose settings by). Its numbers go to results/reproduce/JOB.json with the
-command, seed, settings, commit and seconds. Jobs that are there are not run again. The shipped teachers (ckpt/) teach.
+command, seed, commit and seconds. Jobs that are there are not run again: the repo's folder is full, so give --out another one to run all afresh. The shipped
+teachers (ckpt/) teach. Seconds in the cost table are from runs with --alone.
 
 Parts: main (the table), cost (the teachers again, with snapshots), seesaw, and at half of the budget mar, cold, objectives, states, beyond; then curves
 (snapshots of main and cost, evaluated) and fixed (KL to the teachers at the same states for all).
 
 Compute is counted in forward passes of the network for one image, a backward pass as two; scoring and the VAE are left out. GRPO: 8 rollout steps and, on each of the 5 trained ones, policy
-(1 + 2) and reference (1): 28 an image. Distillation: 8 + 5 (teacher 1, anchor 1, student 1 + 2) = 33. Variants get the default's passes in all.
+(1 + 2) and reference (1): 28 an image. Distillation: 8 + 5 (teacher 1, anchor 1, student 1 + 2) = 33. Variants get the default's passes in all (passes()
+below); what a cold start by SFT costs comes on top and is in the tables.
 """
 import json
 import math
@@ -31,13 +33,17 @@ from tqdm import tqdm
 
 import adapters
 import model as models
+import train_grpo
+import train_opd
+import train_sft
 import util
 from prompts import world_of
 from sampler import draw_noise, encode, gaussian_kl, rollout, schedule, sde_step, velocity
 
-ROOT, OUT = Path(__file__).parent, Path("results/reproduce")
+ROOT = Path(__file__).parent
 TEACHERS = {"geneval": "ckpt/geneval.pt", "ocr": "ckpt/ocr.pt", "quality": "ckpt/quality.pt"}
 TASKS = tuple(TEACHERS)
+PARTS = ["main", "cost", "seesaw", "mar", "cold", "objectives", "states", "beyond", "curves", "fixed"]
 GRPO_PASSES, BUDGET = 28, 100 * 64 * 33                    # of distillation with its defaults: 100 iterations of 64 images
 TEACHER_IMAGES = 250 * 192 + 225 * 96 + 50 * 96            # of the three shipped teachers
 # Seconds on two cores with --compile (without: 1.5 times as long in training), to plan with.
@@ -56,6 +62,7 @@ class Config:
     dry_run: bool = False                                  # only say what would run
     tables: bool = False                                   # only write the tables
     plot: bool = False                                     # only draw results/reproduce.png (needs matplotlib)
+    out: str = "results/reproduce"                         # the results' folder; the repo's is full, so another one runs all afresh
     stop_after: int = 0                                    # start no job after so many minutes (0: no limit)
 
 
@@ -95,9 +102,10 @@ def jobs(cfg):
             "sft-equal": ["train_sft.py", "--teachers", *TEACHERS.values(), *r48, "--samples", 4320, "--iters", 650],      # off policy, distillation's compute
             "mix-small": mix(BUDGET / GRPO_PASSES),
             "mix-whole": mix(whole),
+            "mix-whole-group": mix(whole) + ["--adv-std", "group"],
             "base": "base", **TEACHERS, "merge": "runs/rep-opd-merge-s{seed}/init.pt"},         # nothing to train
         "seesaw": {
-            "mix-group": mix(BUDGET / GRPO_PASSES) + ["--adv-std", "group"],         # every task's advantages have the same size, whatever its rewards' spread
+            "mix-group": mix(BUDGET / GRPO_PASSES) + ["--adv-std", "group"],         # a task whose rewards differ little weighs as much as others
             "mix-geneval-ocr": mix(48000, ("geneval", "ocr"))},
         "mar": {
             "half": half(),
@@ -138,7 +146,7 @@ def jobs(cfg):
     for part, named in plan.items():
         for name, what in named.items():
             again = name.endswith("again")
-            long = again or name in ("mix-whole", "mix-geneval-ocr")
+            long = again or name in ("mix-whole", "mix-whole-group", "mix-geneval-ocr")
             for seed in [s + again for s in cfg.grpo_seeds] if long else cfg.seeds:
                 run, job = f"rep-{name}-s{seed}", {"part": part, "seed": seed, "command": [], "seconds": SECONDS["eval"]}
                 if isinstance(what, list):                 # a command: train, then evaluate
@@ -168,6 +176,19 @@ def planned(command):
     return slower * (SECONDS["sft"] * of("--iters", 300) / 300 if command[0] == "train_sft.py" else SECONDS["opd"] * (0.5 if "rep-half" in " ".join(command) else 1))
 
 
+def passes(command):
+    """Forward passes of a training command, for one image each, a backward pass as two; by its options."""
+    script = {"train_opd.py": train_opd, "train_grpo.py": train_grpo, "train_sft.py": train_sft}[command[0]]
+    cfg = util.parse(script.Config, list(map(str, command[1:])))
+    if script is train_sft:                                # the teachers' pictures, then an update on a batch each iteration
+        return cfg.samples * cfg.steps + cfg.iters * cfg.batch * 3
+    if script is train_grpo:                               # the rollout; on the noisy steps policy (1 + 2) and reference
+        return cfg.iters * cfg.batch * (cfg.steps + (cfg.noisy[1] - cfg.noisy[0]) * (3 + (cfg.beta > 0)))
+    first, end = cfg.supervised or (cfg.noisy if cfg.rollout != "ode" else (0, cfg.steps))
+    targets = 1 + (cfg.blend > 0) * (len(cfg.teachers) - 1) + (cfg.extrapolate != 1) + (cfg.lam > 0)
+    return cfg.iters * cfg.batch * (cfg.steps + (1 if cfg.one else end - first) * (targets + 3))
+
+
 def launch(command, cfg):
     """Run a script on cfg.ranks processes, its output to runs/reproduce.log."""
     log = Path("runs/reproduce.log")
@@ -176,7 +197,7 @@ def launch(command, cfg):
     with open(log, "a") as f:
         done = subprocess.run([*how, *command], stdout=f, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
     if done.returncode:
-        raise ValueError(f"{' '.join(command)} failed; the end of {log} says why")
+        raise ValueError(f"{' '.join(command)} failed; the end of {log}: {log.read_text().splitlines()[-1]}")
 
 
 def evaluate(name, job, cfg, *more):
@@ -192,13 +213,13 @@ def train_rows(run):
 
 
 def run(name, job, cfg):
-    """Train, evaluate, and write results/reproduce/NAME.json; what a stopped run left is gone on with (every script resumes)."""
+    """Train, evaluate, and write NAME.json into cfg.out; what a stopped run left is gone on with (every script resumes)."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {"job": name, "part": job["part"], "seed": job["seed"], "command": " ".join(job["command"]), "commit": commit, "cores": os.cpu_count(), "ranks": cfg.ranks}
     table, train = "table: mean, standard error, n", ["--split", "train", "--per-task", "150"]
     if "source" in job:
         curve = evaluate(name, job, cfg, "--tasks", *job["tasks"])
-        source = json.loads((OUT / f"{job['source'][4:]}.json").read_text())
+        source = json.loads((Path(cfg.out) / f"{job['source'][4:]}.json").read_text())
         result |= {"source": source["command"], "s/it": source.get("s/it, median"), "iteration -> table": curve[table]}
     else:
         if job["command"]:
@@ -208,15 +229,15 @@ def run(name, job, cfg):
         held_out, chosen = evaluate(name, job, cfg, "--diversity"), evaluate(name, job, cfg, *train)
         result |= {table: held_out[table]["it"], "diversity": held_out["diversity"]["it"], "all scores": held_out["all scores: mean, standard error"]["it"],
                    "on training prompts (to choose settings by)": chosen[table]["it"]}
-    util.write_atomic(OUT / f"{name}.json", json.dumps(result, indent=1))
+    util.write_atomic(Path(cfg.out) / f"{name}.json", json.dumps(result, indent=1))
 
 
 def fixed(cfg, per_task=60):
-    """results/reproduce/fixed-states.json: KL of every finished run to each prompt's own teacher, nats per latent element and step, at the SAME states for all.
+    """fixed-states.json: KL of every finished run to each prompt's own teacher, nats per latent element and step, at the SAME states for all.
 
     Two sets of states: trajectories of the base and of the teacher itself (the training rollout's SDE, its five noisy steps), on held-out prompts.
     """
-    file = OUT / "fixed-states.json"
+    file = Path(cfg.out) / "fixed-states.json"
     done = json.loads(file.read_text()) if file.exists() else {}
     todo = {name: job["ckpts"][0].split("=")[1] for name, job in jobs(cfg).items() if "source" not in job and name not in done}
     todo = {name: path for name, path in todo.items() if path == "base" or Path(path).exists()}
@@ -252,7 +273,7 @@ def fixed(cfg, per_task=60):
 
 def t95(n):
     """Two-sided 95% point of Student's t with n - 1 degrees of freedom."""
-    return {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}.get(n, 1.96)
+    return {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}.get(n, 2.2)
 
 
 def mean_half(values):
@@ -261,16 +282,26 @@ def mean_half(values):
     return float(values.mean()), float(t95(len(values)) * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-def interval(values, form=".3f"):
+def ratio_half(above, below):
+    """sum(above) / sum(below) over seeds, and half the width of its 95% interval: that of the mean of above - ratio * below, over the mean of below."""
+    above, below = np.array(above, float), np.array(below, float)
+    ratio = above.sum() / below.sum()
+    return float(ratio), mean_half(above - ratio * below)[1] / float(below.mean())
+
+
+def show(mean, half_width, form=".3f"):
     """"mean ± half width of the 95% interval over seeds", or the bare number of one seed."""
-    mean, half_width = mean_half(values)
     return f"{mean:{form}}" + ("" if math.isnan(half_width) else f" ± {half_width:{form.lstrip('+')}}")
 
 
-def collect():
-    """job without its seed -> {seed: its results}."""
+def interval(values, form=".3f"):
+    return show(*mean_half(values), form)
+
+
+def collect(out):
+    """job without its seed -> {seed: its results}, from the folder out."""
     found = {}
-    for file in sorted(OUT.glob("*-s*.json")):
+    for file in sorted(Path(out).glob("*-s*.json")):
         if file.stem != "fixed-states":
             name, seed = file.stem.rsplit("-s", 1)
             found.setdefault(name, {})[int(seed)] = json.loads(file.read_text())
@@ -281,10 +312,10 @@ def scores(result, column):
     return result["table: mean, standard error, n"][column][0]
 
 
-def share(found, name, seed, task, table=None):
-    """What part of its teacher's gain over the base a model has, all with the noise of that seed."""
-    base, teacher = scores(found["base"][seed], task), scores(found[task][seed], task)
-    return ((table[task][0] if table else scores(found[name][seed], task)) - base) / (teacher - base)
+def gains(found, name, seeds, task):
+    """What a model and the task's teacher gain over the base, a list over seeds each: same prompts, same noise."""
+    base = [scores(found["base"][s], task) for s in seeds]
+    return [[scores(found[of][s], task) - b for s, b in zip(seeds, base)] for of in (name, task)]
 
 
 def grid(header, rows):
@@ -294,113 +325,126 @@ def grid(header, rows):
 ROWS = {"base": "base", "geneval": "teacher `geneval`", "ocr": "teacher `ocr`", "quality": "teacher `quality`", "geneval-again": "`geneval`, a second run",
         "ocr-again": "`ocr`, a second run", "quality-again": "`quality`, a second run", "merge": "merge of the three", "sft": "SFT on teachers' pictures (the cold start)",
         "sft-equal": "SFT, distillation's compute",
-        "mix-geneval-ocr": "GRPO-Mix of GenEval and OCR", "mix-small": "GRPO-Mix, distillation's compute",
-        "mix-group": "the same, `--adv-std group`",
-        "mix-whole": "GRPO-Mix, compute of teachers + distillation", "opd-sft": "**Flow-OPD from SFT**",
+        "mix-geneval-ocr": "GRPO-Mix of GenEval and OCR", "mix-small": "GRPO-Mix, distillation's compute", "mix-group": "the same, `--adv-std group`",
+        "mix-whole": "GRPO-Mix, compute of teachers + distillation", "mix-whole-group": "the same, `--adv-std group`", "opd-sft": "**Flow-OPD from SFT**",
         "opd-merge": "**Flow-OPD from merge**"}
 
 
-def main_table(found):
-    lines = [[ROWS[name], str(len(found[name])), *(interval([scores(r, c) for r in found[name].values()]) for c in (*TASKS, "average")),
-              interval([r["all scores"]["quality on geneval"][0] for r in found[name].values()]), interval([r["diversity"]["geneval"][0] for r in found[name].values()])]
-             for name in ROWS if name in found]
-    return grid(["model", "seeds", "GenEval", "OCR", "quality", "average", "quality of GenEval's pictures", "their diversity"], lines)
+def main_table(found, kls):
+    own = {name.rsplit("-s", 1)[0]: passes(job["command"]) for name, job in jobs(Config()).items() if job["command"]}
+    own |= {task: own[f"{task}-again"] for task in TASKS} | {"opd-sft": own["opd-sft"] + own["sft"]}
+    lines = []
+    for name, results in ((name, found[name]) for name in ROWS if name in found):
+        kl = [[1000 * np.mean(list(kls[f"{name}-s{s}"][which].values())) for s in results if f"{name}-s{s}" in kls] for which in ("teacher's states", "base's states")]
+        lines.append([ROWS[name], str(len(results)), f"{own.get(name, 0) / 1e3:.0f}", *(interval([scores(r, c) for r in results.values()]) for c in (*TASKS, "average")),
+                      interval([r["all scores"]["quality on geneval"][0] for r in results.values()]), interval([r["diversity"]["geneval"][0] for r in results.values()]),
+                      *(interval(k, ".2f") if k else "-" for k in kl)])
+    return grid(["model", "seeds", "own passes, thousand", "GenEval", "OCR", "quality", "average", "quality reward of GenEval's pictures", "their diversity", *KL_COLUMNS], lines)
+
+
+KL_COLUMNS = ["KL to the teachers at their states, 1e-3", "at the base's states"]
 
 
 def share_table(found):
-    """Parts of the teachers' gains, and the distance to GRPO-Mix."""
+    """Parts of the teachers' gains: the gains of all seeds together over the teachers'."""
     lines = []
-    for name in ("mix-small", "mix-group", "mix-whole", "sft-equal", "opd-sft", "opd-merge"):
+    for name in ("mix-small", "mix-group", "mix-whole", "mix-whole-group", "sft-equal", "opd-sft", "opd-merge"):
         seeds = [s for s in found.get(name, ()) if all(s in found.get(other, ()) for other in ("base", *TASKS))]
         if seeds:
-            ratios = [[share(found, name, s, task) for s in seeds] for task in TASKS]
-            lines.append([ROWS[name], str(len(seeds)), *(interval(r, ".2f") for r in ratios), interval(np.mean(ratios, 0), ".2f")])
+            both = [gains(found, name, seeds, task) for task in TASKS]
+            shares = [ratio_half(*gain) for gain in both]
+            whole = np.mean([np.array(own) / np.mean(teacher) for own, teacher in both], 0)          # a seed's mean over the tasks
+            lines.append([ROWS[name].replace("the same", ROWS["mix-whole" if "whole" in name else "mix-small"]), str(len(seeds)),
+                          *(show(*one, ".2f") for one in shares), interval(whole, ".2f")])
     return grid(["part of the teacher's gain over the base", "seeds", "GenEval", "OCR", "quality", "mean"], lines)
 
 
 def difference_table(found):
     """Model minus model, seed by seed: same prompts, same noise. The teachers' row takes each task's own."""
     lines = []
-    for name, other in (("opd-merge", TASKS), ("opd-sft", TASKS), ("opd-merge", "mix-whole"), ("opd-merge", "mix-small"), ("opd-merge", "sft-equal"), ("opd-merge", "opd-sft")):
+    for name, other in (("opd-merge", TASKS), ("opd-sft", TASKS), ("opd-merge", "mix-whole"), ("opd-merge", "mix-whole-group"), ("opd-merge", "mix-small"), ("opd-merge", "sft-equal"), ("opd-merge", "opd-sft")):
         others = dict(zip(TASKS, other)) if other == TASKS else {c: other for c in (*TASKS, "average")}
         seeds = [s for s in found.get(name, ()) if all(s in found.get(o, ()) for o in others.values())]
         if seeds:
             cells = [interval([scores(found[name][s], c) - scores(found[o][s], c) for s in seeds], "+.3f") for c, o in others.items()]
-            title = f"{ROWS[name]} minus {'each teacher on its own task' if other == TASKS else ROWS[other]}".replace("**", "")
+            title = f"{ROWS[name]} minus {'each teacher on its own task' if other == TASKS else ROWS[other].replace('the same', ROWS['mix-whole'])}".replace("**", "")
             lines.append([title, str(len(seeds)), *cells] + [""] * (other == TASKS))
     return grid(["difference", "seeds", "GenEval", "OCR", "quality", "average"], lines)
 
 
 def ablation_table(found, kls):
-    """Everything at half of the budget, minus the default there, seed by seed."""
-    base, lines = found.get("half", {}), []
-    for name in found:
-        if not name.startswith("half"):
-            continue
-        seeds, columns = [s for s in found[name] if s in base], (*TASKS, "average")
-        one = next(iter(found[name].values()))
-        if name == "half":
-            cells = [interval([scores(found[name][s], c) for s in seeds]) for c in columns]
-        else:
-            cells = [interval([scores(found[name][s], c) - scores(base[s], c) for s in seeds], "+.3f") for c in columns]
-        train = interval([r["on training prompts (to choose settings by)"]["average"][0] for r in found[name].values()])
-        kl = [[np.mean(list(kls[f"{name}-s{s}"][which].values())) * 1000 for s in seeds if f"{name}-s{s}" in kls] for which in ("teacher's states", "base's states")]
-        lines.append((PARTS.index(one["part"]), name != "half", [f"`{name[5:] or 'default'}`", one["part"], str(len(seeds)), *cells, train,
-                      interval([r["all scores"]["quality on geneval"][0] for r in found[name].values()]),
-                      interval([r["diversity"]["geneval"][0] for r in found[name].values()]), *(interval(k, ".2f") if k else "-" for k in kl)]))
-    return grid(["run", "part", "seeds", "GenEval", "OCR", "quality", "average", "average, training prompts", "quality of GenEval's pictures", "their diversity",
-                 "KL to the teachers, their states (1e-3)", "the base's states"], [line for *_, line in sorted(lines, key=lambda x: (x[0], x[1]))])
+    """Runs at half of the budget minus what they are compared with, seed by seed; the last columns are each run's own."""
+    lines, columns = [], (*TASKS, "average")
+    for name in (n for n in found if n.startswith("half")):
+        part = next(iter(found[name].values()))["part"]
+        other = {"half": None}.get(name, "half-lam0" if part == "objectives" and name.endswith("lam0") else "half")
+        seeds = [s for s in found[name] if other is None or s in found.get(other, ())]
+        cells = [interval([scores(found[name][s], c) - (scores(found[other][s], c) if other else 0) for s in seeds], "+.3f" if other else ".3f") for c in columns]
+        own = [[r["on training prompts (to choose settings by)"]["average"][0] for r in found[name].values()],
+               [r["all scores"]["quality on geneval"][0] for r in found[name].values()], [r["diversity"]["geneval"][0] for r in found[name].values()]]
+        kl = [[1000 * np.mean(list(kls[f"{name}-s{s}"][which].values())) for s in seeds if f"{name}-s{s}" in kls] for which in ("teacher's states", "base's states")]
+        lines.append((PARTS.index(part), name != "half", [f"`{name[5:] or 'default'}`" + ("" if other else ", not minus anything"), {"half": "default", "half-lam0": "lam0"}.get(other, "-"),
+                      str(len(seeds)), *cells, *map(interval, own), *(interval(k, ".2f") if k else "-" for k in kl)]))
+    return grid(["run", "minus", "seeds", "GenEval", "OCR", "quality", "average", "average on training prompts", "quality reward of GenEval's pictures", "their diversity", *KL_COLUMNS],
+                [line for *_, line in sorted(lines, key=lambda x: x[:2])])
 
 
-PARTS = ["main", "cost", "seesaw", "mar", "cold", "objectives", "states", "beyond", "curves", "fixed"]
-PASSES = {"quality-again": 96 * GRPO_PASSES, "ocr-again": 96 * GRPO_PASSES, "geneval-again": 192 * GRPO_PASSES, "opd-merge": 64 * 33, "opd-sft": 64 * 33}     # an iteration
 
 
 def curve(found, name):
-    """Run NAME's part of the teacher's gain on the way: {task: [(iteration, mean over seeds, half width)]}, from iteration 0 to its end.
+    """Run NAME's part of the teacher's gain on the way: {task: [(iteration, ratio over seeds, half width)]}, from iteration 0 to its end.
 
     A GRPO run's own end is its 1; a distilled student is measured by the shipped teachers that taught it.
     """
     shots, points = found[f"curve-{name}"], {}
     for task in [name.split("-")[0]] if name.endswith("again") else TASKS:
         start, goal = {"opd-merge": ("merge", task), "opd-sft": ("sft", task)}.get(name, ("base", name))
-        scored = {0: {s: scores(found[start][s], task) for s in shots}, found[name][min(shots)]["iterations"]: {s: scores(found[name][s], task) for s in shots}}
+        seeds = [s for s in shots if all(s in found.get(of, ()) for of in (start, goal, "base", name))]
+        scored = {0: [scores(found[start][s], task) for s in seeds], found[name][min(shots)]["iterations"]: [scores(found[name][s], task) for s in seeds]}
         for it in next(iter(shots.values()))["iteration -> table"]:
-            scored[int(it)] = {s: shots[s]["iteration -> table"][it][task][0] for s in shots}
-        base, end = ({s: scores(found[of][s], task) for s in shots} for of in ("base", goal))
-        points[task] = [(it, *mean_half([(by[s] - base[s]) / (end[s] - base[s]) for s in shots])) for it, by in sorted(scored.items())]
+            scored[int(it)] = [shots[s]["iteration -> table"][it][task][0] for s in seeds]
+        base, end = ([scores(found[of][s], task) for s in seeds] for of in ("base", goal))
+        if seeds:
+            points[task] = [(it, *ratio_half(np.subtract(by, base), np.subtract(end, base))) for it, by in sorted(scored.items())]
     return points
 
 
+def reached(at):
+    """The first iteration from which on every snapshot has 0.95 or more (None: there is none)."""
+    first = None
+    for it, part, _ in at:
+        first = None if part < 0.95 else it if first is None else first
+    return first
+
+
 def cost_table(found):
-    """Forward passes and seconds until 95% of the teacher's gain, at the first snapshot that has it."""
-    lines = []
-    for name in PASSES:
-        if f"curve-{name}" not in found:
-            continue
-        points = curve(found, name)
+    """Forward passes and seconds until 95% of the teacher's gain. A cold start's own are counted; the merge has none."""
+    plan = {name.rsplit("-s", 1)[0]: job["command"] for name, job in jobs(Config()).items() if job["command"]}
+    whole, lines = sum(passes(plan[f"{task}-again"]) for task in TASKS), []
+    for name in ("geneval-again", "ocr-again", "quality-again", "opd-merge", "opd-sft"):
+        points = curve(found, name) if f"curve-{name}" in found else {}
         if len(points) > 1:
-            points["mean of the three"] = [(it, float(np.mean([points[task][k][1] for task in TASKS])), 0) for k, (it, *_) in enumerate(points[TASKS[0]])]
-        runs = list(found[name].values())
-        pace = np.mean([r["s/it, median"] for r in runs]) if all(r["timed alone"] for r in runs) else math.nan
+            points["all three"] = [(one[0], min(points[task][k][1] for task in TASKS), 0) for k, one in enumerate(points[TASKS[0]])]
         for task, at in points.items():
-            reached = next((it for it, mean, _ in at if mean >= 0.95), None)
+            runs, it = list(found[name].values()), reached(at)
+            pace = np.mean([r["s/it, median"] for r in runs]) if all(r["timed alone"] for r in runs) else math.nan
+            spent = (passes(plan[name]) / at[-1][0] * it + (passes(plan["sft"]) if name == "opd-sft" else 0)) if it is not None else math.nan
             lines.append([{"opd-merge": "Flow-OPD from merge", "opd-sft": "Flow-OPD from SFT"}.get(name, "GRPO"), task, str(at[-1][0]), f"{at[-1][1]:.2f}",
-                          *((str(reached), f"{reached * PASSES[name] / 1e3:.0f}", f"{reached * pace:.0f}") if reached is not None else ("not reached", "-", "-"))])
-    return grid(["run", "task", "iterations in all", "part of the gain at the end", "iterations to 0.95", "thousand forward passes", "seconds"], lines)
+                          *((str(it), f"{spent / 1e3:.0f}", f"{spent / whole:.1%}", "-" if math.isnan(pace) else f"{it * pace:.0f}") if it is not None else ("not reached", "-", "-", "-"))])
+    return grid(["run", "task", "iterations in all", "part of the gain at the end", "iterations to 0.95", "thousand passes", f"of the teachers' {whole / 1e3:.0f}", "seconds"], lines)
 
 
-def tables():
-    """results/reproduce.md and the README's tables, from what is in results/reproduce/."""
-    found, file = collect(), OUT / "fixed-states.json"
+def tables(out):
+    """results/reproduce.md and the README's tables, from the results in the folder out."""
+    found, file = collect(out), Path(out) / "fixed-states.json"
     kls = json.loads(file.read_text()) if file.exists() else {}
-    made = {"main": main_table(found), "share": share_table(found), "minus": difference_table(found), "cost": cost_table(found), "half": ablation_table(found, kls)}
-    title = {"main": "Main table", "share": "Part of the teachers' gains", "minus": "Differences, seed by seed", "cost": "Cost", "half": "Half of the budget: the default, and others minus it, seed by seed"}
+    made = {"main": main_table(found, kls), "share": share_table(found), "minus": difference_table(found), "cost": cost_table(found), "half": ablation_table(found, kls)}
+    title = {"main": "Main table", "share": "Part of the teachers' gains", "minus": "Differences, seed by seed", "cost": "Cost", "half": "Half of the budget: scores minus the default's, or lam0's, seed by seed; the five last columns are the run's own"}
     text = ("Mean and 95% interval over seeds (Student's t; a number alone is one seed). Held-out prompts, 600 images a task and seed.\n"
             "Made by `python reproduce.py --tables`.\n" + "".join(f"\n## {title[key]}\n\n{table}\n" for key, table in made.items()))
-    util.write_atomic("results/reproduce.md", text)
+    util.write_atomic(f"{out}.md", text)
     readme = Path("README.md").read_text()
-    for key, table in made.items():
+    for key, table in made.items() if out == Config.out else ():
         start, end = f"<!-- reproduce: {key} -->\n", "<!-- end -->"
         if start in readme:
             head, rest = readme.split(start, 1)
@@ -409,49 +453,59 @@ def tables():
     print(text)
 
 
-def plot():
-    """results/reproduce.png: the curves and the ablations. Needs matplotlib, which nothing else does."""
+def plot(out):
+    """The folder's curves and ablations as a picture, OUT.png. Needs matplotlib, which nothing else does."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    found = collect()
+    found, plan = collect(out), jobs(Config())
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
-    for name in PASSES:
-        if f"curve-{name}" in found:
-            for task, at in curve(found, name).items():
-                x, y, e = (np.array(column, float) for column in zip(*at))
-                left.errorbar(x * PASSES[name] / 1e6, y, np.nan_to_num(e), color=f"C{TASKS.index(task)}", linestyle={"opd-merge": "-", "opd-sft": ":"}.get(name, "--"),
-                              label=f"{task}, {ROWS.get(name, 'GRPO').strip('*')}", capsize=2)
+    for name, style in (("geneval-again", "--"), ("ocr-again", "--"), ("quality-again", "--"), ("opd-merge", "-"), ("opd-sft", ":")):
+        if f"curve-{name}" not in found:
+            continue
+        command = plan[name + ("-s1" if style == "--" else "-s0")]["command"]
+        start = passes(plan["sft-s0"]["command"]) if name == "opd-sft" else 0
+        for task, at in curve(found, name).items():
+            it, part, half_width = (np.array(column, float) for column in zip(*at))
+            left.errorbar((it * passes(command) / it[-1] + start) / 1e6, part, np.nan_to_num(half_width), color=f"C{TASKS.index(task)}", linestyle=style, capsize=2,
+                          label=f"{task}, {'GRPO' if style == '--' else ROWS[name].strip('*')}")
     left.axhline(0.95, color="grey", linewidth=0.5)
-    left.set(xscale="symlog", xlabel="million forward passes of one image", ylabel="part of the teacher's gain over the base", ylim=(-0.4, 1.15))
+    left.set(xlabel="million forward passes of one image", ylabel="part of the teacher's gain over the base", ylim=(-0.4, 1.15))
     left.set_xscale("symlog", linthresh=0.01)
     left.legend(fontsize=7)
     names = sorted((n for n in found if n.startswith("half-")), key=lambda n: -PARTS.index(next(iter(found[n].values()))["part"]))
     for y, name in enumerate(names):
         differences = [scores(found[name][s], "average") - scores(found["half"][s], "average") for s in found[name] if s in found["half"]]
-        mean, width = mean_half(differences)
-        right.errorbar(mean, y, xerr=0 if math.isnan(width) else width, fmt="o", color="C0", capsize=3)
+        mean, half_width = mean_half(differences)
+        right.errorbar(mean, y, xerr=0 if math.isnan(half_width) else half_width, fmt="o", color="C0", capsize=3)
         right.plot(differences, [y] * len(differences), "|", color="grey")
     right.axvline(0, color="grey", linewidth=0.5)
     right.set_yticks(range(len(names)), [n[5:] for n in names])
-    right.set(xscale="symlog", xlabel="average score minus the default's, half budget, 95% interval over seeds")
+    right.set(xlabel="average score minus the default's, half of the budget, 95% interval over seeds")
     right.set_xscale("symlog", linthresh=0.02)
     figure.tight_layout()
-    figure.savefig("results/reproduce.png", dpi=110)
+    figure.savefig(f"{out}.png", dpi=110)
 
 
 def main(cfg):
-    todo = jobs(cfg)
+    plan, out = jobs(cfg), Path(cfg.out)
     for part in cfg.parts:
         if part not in PARTS:
             raise ValueError(f"--parts {part}: expected some of {', '.join(PARTS)}")
-    if cfg.tables or cfg.plot:
-        return tables() if cfg.tables else plot()
     for name in cfg.only:
-        if name not in todo:
-            raise ValueError(f"--only {name}: expected some of {', '.join(todo)}")
-    todo = {name: job for name, job in todo.items() if (not cfg.parts or job["part"] in cfg.parts) and (not cfg.only or name in cfg.only) and not (OUT / f"{name}.json").exists()}
-    left, begun = sum(job["seconds"] for job in todo.values()), time.time()
+        if name not in plan:
+            raise ValueError(f"--only {name}: expected some of {', '.join(plan)}")
+    if cfg.ranks not in (1, 2):
+        raise ValueError(f"--ranks {cfg.ranks}: expected 1 or 2, what the tiny world's batches divide by")
+    if cfg.tables or cfg.plot:
+        return tables(cfg.out) if cfg.tables else plot(cfg.out)
+    todo = {name: job for name, job in plan.items() if (not cfg.parts or job["part"] in cfg.parts) and (not cfg.only or name in cfg.only) and not (out / f"{name}.json").exists()}
+    made = {f"runs/rep-{name}/" for name, job in todo.items() if job["command"]}
+    for name, job in todo.items():                         # results travel with the repo, runs/ does not
+        for path in [c.split("=")[1] for c in job["ckpts"]] + job["command"]:
+            if str(path).startswith("runs/") and not Path(path).exists() and not any(path.startswith(folder) for folder in made):
+                raise ValueError(f"{name} needs {path}, of a job whose result is in {out} already: delete that result, or choose another --out, to run it again")
+    left, begun, failed = sum(job["seconds"] for job in todo.values()), time.time(), []
     print(f"{len(todo)} jobs to run, about {left / 3600:.1f} hours on two cores")
     for name, job in todo.items():
         print(f"{name:28s} {job['seconds'] / 60:5.1f} min   {' '.join(job['command']) or 'evaluation of ' + ' '.join(job['ckpts'])}")
@@ -461,12 +515,18 @@ def main(cfg):
         if cfg.stop_after and time.time() - begun > 60 * cfg.stop_after:
             return print(f"stopped after {cfg.stop_after} minutes, {len(todo) - n} jobs left; the same command goes on")
         start = time.time()
-        run(name, job, cfg)
+        try:
+            run(name, job, cfg)
+        except ValueError as error:                        # one run that diverges should not stop the others
+            failed.append(name)
+            print(error)
         left -= job["seconds"]
         print(f"[{n + 1}/{len(todo)}] {name}: {time.time() - start:.0f} s (planned {job['seconds']:.0f}); about {left / 3600:.1f} hours left", flush=True)
     if "fixed" in cfg.parts or not cfg.parts + cfg.only:
         fixed(cfg)
-    tables()
+    tables(cfg.out)
+    if failed:
+        raise ValueError(f"failed: {', '.join(failed)}; the same command tries them again")
 
 
 if __name__ == "__main__":

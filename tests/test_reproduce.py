@@ -3,7 +3,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+import model as models
 import reproduce
 import train_grpo
 import train_opd
@@ -13,27 +15,34 @@ import util
 JOBS = reproduce.jobs(reproduce.Config())
 
 
-def passes(command):
-    """Forward passes of a command by its own options (a backward pass is two)."""
-    module = {"train_opd.py": train_opd, "train_grpo.py": train_grpo, "train_sft.py": train_sft}[command[0]]
-    cfg = util.parse(module.Config, command[1:], presets=module.PRESETS)
-    if module is train_sft:
-        return cfg.samples * cfg.steps + cfg.iters * cfg.batch * 3
-    if module is train_grpo:
-        window = cfg.noisy[1] - cfg.noisy[0]
-        return cfg.iters * cfg.batch * (cfg.steps + window * (3 + (cfg.beta > 0)))
-    first, end = cfg.supervised or (cfg.noisy if cfg.rollout != "ode" else (0, cfg.steps))
-    teachers = 1 + (cfg.blend > 0) * (len(cfg.teachers) - 1) + (cfg.extrapolate != 1) + (cfg.lam > 0)
-    return cfg.iters * cfg.batch * (cfg.steps + (1 if cfg.one else end - first) * (teachers + 3))
+@pytest.mark.parametrize("command, iters", [
+    ("train_opd.py --batch 16 --updates 2", 1), ("train_opd.py --batch 16 --updates 2 --lam 0 --blend 0.1", 1), ("train_opd.py --batch 16 --updates 1 --rollout ode", 1),
+    ("train_opd.py --batch 16 --updates 1 --noisy 0 8 --extrapolate 1.25", 1), ("train_opd.py --batch 16 --updates 1 --rollout ode --objective velocity --one --steps 16 --noisy 0 1", 1),
+    ("train_grpo.py --tasks ocr --batch 24", 1), ("train_sft.py --samples 10 --batch 4", 2)])
+def test_passes_are_what_the_network_was_asked_for(command, iters, tmp_path, monkeypatch):
+    """Every image that goes through the transformer, three times where a backward pass follows."""
+    command, count, forward = [*command.split(), "--iters", str(iters)], [0], models.MMDiT.forward
+
+    def counted(self, x, *args, **kwargs):
+        count[0] += len(x) * (3 if torch.is_grad_enabled() else 1)
+        return forward(self, x, *args, **kwargs)
+
+    files = [str(reproduce.ROOT / path) for path in reproduce.TEACHERS.values()]
+    command += ["--model", str(reproduce.ROOT / "ckpt/tiny.safetensors")] + (["--teachers", *files] if "grpo" not in command[0] else ["--out", "adapter.pt"])
+    script = {"train_opd.py": train_opd, "train_grpo.py": train_grpo, "train_sft.py": train_sft}[command[0]]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models.MMDiT, "forward", counted)
+    script.main(util.parse(script.Config, command[1:], presets=script.PRESETS))
+    assert count[0] == reproduce.passes(command)
 
 
 @pytest.mark.parametrize("name", [n for n, job in JOBS.items() if n.endswith("-s0") and job["command"] and not n.startswith("sft-s")])
 def test_compared_runs_have_equal_budgets(name):
-    default, got = passes(JOBS["opd-merge-s0"]["command"]), passes(JOBS[name]["command"])
-    teachers = sum(passes(JOBS[f"{task}-again-s1"]["command"]) for task in reproduce.TASKS)
-    want = default / 2 if name.startswith("half") else default + teachers if name == "mix-whole-s0" else default
+    default, got = reproduce.passes(JOBS["opd-merge-s0"]["command"]), reproduce.passes(JOBS[name]["command"])
+    teachers = sum(reproduce.passes(JOBS[f"{task}-again-s1"]["command"]) for task in reproduce.TASKS)
+    want = default / 2 if name.startswith("half") else default + teachers if name.startswith("mix-whole") else default
     if name == "mix-geneval-ocr-s0":                       # the GenEval teacher's own
-        want = passes(JOBS["geneval-again-s1"]["command"])
+        want = reproduce.passes(JOBS["geneval-again-s1"]["command"])
     assert got == pytest.approx(want, rel=0.02)
 
 
@@ -61,46 +70,56 @@ def result(name, seed, geneval, ocr, quality, **more):
 def written(tmp_path, monkeypatch):
     """A folder with made-up results: the student has 0.9, 1.0 and 1.1 of the teacher's GenEval gain with seeds 0, 1, 2, and half of the others."""
     monkeypatch.chdir(tmp_path)
-    reproduce.OUT.mkdir(parents=True)
+    out = tmp_path / "results/reproduce"
+    out.mkdir(parents=True)
     for seed in range(3):
         made = {"base": result("base", seed, 0.2, 0.4, 0.6), "geneval": result("geneval", seed, 0.3, 0, 0), "ocr": result("ocr", seed, 0, 0.8, 0),
                 "quality": result("quality", seed, 0, 0, 1.0), "merge": result("merge", seed, 0.2, 0.5, 0.7),
                 "opd-merge": result("opd-merge", seed, 0.29 + 0.01 * seed, 0.6, 0.8, iterations=100, **{"s/it, median": 2.0}),
-                "half": result("half", seed, 0.1 * seed, 0.5, 0.5), "half-velocity-lam0": result("half-velocity-lam0", seed, 0.1 * seed + 0.03, 0.5, 0.5)}
+                "half": result("half", seed, 0.1 * seed, 0.5, 0.5), "half-lam0": result("half-lam0", seed, 0.1 * seed + 0.01, 0.5, 0.5),
+                "half-velocity-lam0": result("half-velocity-lam0", seed, 0.1 * seed + 0.03, 0.5, 0.5)}
         for name, r in made.items():
-            (reproduce.OUT / f"{name}-s{seed}.json").write_text(json.dumps(r))
+            (out / f"{name}-s{seed}.json").write_text(json.dumps(r))
         shots = {"50": result("opd-merge", seed, 0.3, 0.79, 0.99)["table: mean, standard error, n"], "70": result("opd-merge", seed, 0.2, 0.4, 0.6)["table: mean, standard error, n"]}
-        (reproduce.OUT / f"curve-opd-merge-s{seed}.json").write_text(json.dumps({"part": "curves", "iteration -> table": shots}))
+        (out / f"curve-opd-merge-s{seed}.json").write_text(json.dumps({"part": "curves", "iteration -> table": shots}))
     (tmp_path / "README.md").write_text("before\n<!-- reproduce: share -->\nold\n<!-- end -->\nafter\n")
     return tmp_path
 
 
 def test_parts_of_the_gain_and_paired_differences_are_taken_seed_by_seed(written):
-    found = reproduce.collect()
+    found = reproduce.collect("results/reproduce")
     assert "1.00 ± 0.25 | 0.50 ± 0.00 | 0.50 ± 0.00 | 0.67 ± 0.08" in reproduce.share_table(found)         # 4.303 * 0.1 / sqrt(3) = 0.248
-    assert "`velocity` | objectives | 3 | +0.030 ± 0.000 | +0.000" in reproduce.ablation_table(found, {})  # the seeds' own spread, 0.1, cancels
+    table = reproduce.ablation_table(found, {})            # the seeds' own spread, 0.1, cancels
+    assert "`lam0` | default | 3 | +0.010 ± 0.000 | +0.000" in table and "`velocity-lam0` | lam0 | 3 | +0.020 ± 0.000 | +0.000" in table
 
 
-def test_cost_is_counted_to_the_first_snapshot_with_95_percent(written):
-    points = reproduce.curve(reproduce.collect(), "opd-merge")
+def test_cost_is_counted_to_the_snapshot_from_which_on_all_have_95_percent(written):
+    points = reproduce.curve(reproduce.collect("results/reproduce"), "opd-merge")
     assert [(it, round(mean, 3)) for it, mean, _ in points["ocr"]] == [(0, 0.25), (50, 0.975), (70, 0.0), (100, 0.5)]
-    line = next(line for line in reproduce.cost_table(reproduce.collect()).splitlines() if "| ocr |" in line)
-    assert line == "| Flow-OPD from merge | ocr | 100 | 0.50 | 50 | 106 | 100 |"                            # 50 * 64 * 33 passes, 50 * 2 s
+    assert reproduce.reached(points["ocr"]) is None and reproduce.reached(points["ocr"][:2]) == 50
+    assert reproduce.reached([(0, 0.2, 0), (10, 0.96, 0), (20, 0.94, 0), (30, 0.95, 0), (40, 0.99, 0)]) == 30
+    lines = reproduce.cost_table(reproduce.collect("results/reproduce")).splitlines()
+    assert "| Flow-OPD from merge | ocr | 100 | 0.50 | not reached | - | - | - |" in lines
+    snapshots = {"50": {task: [1.0] for task in reproduce.TASKS}}
+    found = reproduce.collect("results/reproduce")
+    for seed in range(3):
+        found["curve-opd-merge"][seed]["iteration -> table"] = snapshots
+        found["opd-merge"][seed]["table: mean, standard error, n"] |= {task: [1.0] for task in reproduce.TASKS}
+    assert any(line.startswith("| Flow-OPD from merge | all three | 100 | ") and "| 50 | 106 | 5.1% | 100 |" in line for line in reproduce.cost_table(found).splitlines())      # 50 * 64 * 33 passes of 2083 thousand, 50 * 2 s
 
 
 def test_tables_go_between_the_readmes_marks_and_nowhere_else(written):
     for _ in range(2):
-        reproduce.tables()
+        reproduce.tables("results/reproduce")
         readme = (written / "README.md").read_text()
         assert readme.startswith("before\n<!-- reproduce: share -->\n| part of") and readme.endswith("<!-- end -->\nafter\n") and "old" not in readme
     assert readme.count("<!-- end -->") == 1 and readme.split("share -->\n")[1].split("\n<!--")[0] in (written / "results/reproduce.md").read_text()
 
 
 def test_a_teacher_at_the_fixed_states_is_at_distance_zero_from_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "OUT", tmp_path)
     monkeypatch.setattr(reproduce, "jobs", lambda cfg: {"ocr-s0": {"ckpts": ["it=ckpt/ocr.pt"]}, "base-s0": {"ckpts": ["it=base"]}})
     monkeypatch.chdir(reproduce.ROOT)
-    reproduce.fixed(None, per_task=4)
+    reproduce.fixed(reproduce.Config(out=str(tmp_path)), per_task=4)
     kls = json.loads((tmp_path / "fixed-states.json").read_text())
     for which in ("base's states", "teacher's states"):
         assert kls["ocr-s0"][which]["ocr"] == 0 and kls["ocr-s0"][which]["geneval"] > 1e-4 and kls["base-s0"][which]["ocr"] > 1e-4
