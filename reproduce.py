@@ -55,7 +55,7 @@ class Config:
     parts: list[str] = field(default_factory=list)         # main, cost, seesaw, mar, cold, objectives, states, beyond, curves, fixed (default: all)
     only: list[str] = field(default_factory=list)          # jobs by name, e.g. half-lam0-s1 (default: all of the parts)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])      # of everything in stage 2
-    grpo_seeds: list[int] = field(default_factory=lambda: [0])       # of the long GRPO runs
+    grpo_seeds: list[int] = field(default_factory=lambda: [0])       # of the long GRPO runs and the two that only check a rate
     ranks: int = 2                                         # processes
     compile: bool = False                                  # torch.compile in training (needs a C++ compiler): 1.5 times as fast on two CPU cores
     alone: bool = False                                    # nothing else runs on this machine, so that seconds mean something
@@ -87,7 +87,7 @@ def jobs(cfg):
     whole = TEACHER_IMAGES + BUDGET / GRPO_PASSES          # images whose GRPO costs what the teachers and the distillation did
     # Of the several updates a rollout only the first has ratio 1: the paper's clip of 1e-4 would stop the others, so it is off here, or there is one.
     pg, sampled, future, no_clip = ("--objective", "pg"), ("--reward", "sampled"), ("--credit", "future"), ("--clip", 1)
-    alone = ("--lam", 0)
+    alone, slow = ("--lam", 0), ("--lr", "3e-4")           # a tenth of the default's rate, which is too high for a policy gradient's noise
     ode, plain, r48, r16 = ("--rollout", "ode"), ("--objective", "velocity"), ("--lora-r", 48, "--lora-alpha", 48), ("--lora-r", 16, "--lora-alpha", 16)
     sft = ("--init", "runs/rep-sft-s{seed}/student.pt")
     plan = {
@@ -120,11 +120,12 @@ def jobs(cfg):
         "objectives": {                                    # without the anchor, whose weight beside the loss would differ from objective to objective
             "half-velocity-lam0": half(*plain, *alone, passes=28),
             "half-released-lam0": half("--objective", "released", *no_clip, *alone, passes=28),
-            "half-pg-dense-lam0": half(*pg, *no_clip, *alone, passes=28),
+            "half-pg-dense-slow-lam0": half(*pg, *no_clip, *alone, *slow, passes=28),
+            "half-pg-dense-future-slow-lam0": half(*pg, *future, *no_clip, *alone, *slow, passes=28),
+            "half-pg-sampled-slow-lam0": half(*pg, *sampled, *no_clip, *alone, *slow, passes=28),
+            "half-pg-sampled-future-slow-lam0": half(*pg, *sampled, *future, *no_clip, *alone, *slow, passes=28),
+            "half-pg-dense-lam0": half(*pg, *no_clip, *alone, passes=28),                    # these two: what the default's rate does to them
             "half-pg-sampled-lam0": half(*pg, *sampled, *no_clip, *alone, passes=28),
-            "half-pg-sampled-slow-lam0": half(*pg, *sampled, *no_clip, *alone, "--lr", "3e-4", passes=28),
-            "half-pg-sampled-future-lam0": half(*pg, *sampled, *future, *no_clip, *alone, passes=28),
-            "half-pg-dense-future-lam0": half(*pg, *future, *no_clip, *alone, passes=28),
             "half-paper": half(*pg, "--updates", 1)},      # as printed: with the anchor, and the ratio is 1, so inside the clip range
         "states": {
             "half-cps": half("--rollout", "cps"),
@@ -139,15 +140,15 @@ def jobs(cfg):
             "curve-quality-again": (5, 10, 20, 30, 40),
             "curve-ocr-again": (25, 50, 100, 150, 200),
             "curve-geneval-again": (25, 50, 100, 150, 200, 225),
-            "curve-opd-merge": (10, 25, 50, 75),
-            "curve-opd-sft": (10, 25, 50, 75)},
+            "curve-opd-merge": (25, 50, 75),
+            "curve-opd-sft": (25, 50, 75)},
     }
     found = {}
     for part, named in plan.items():
         for name, what in named.items():
             again = name.endswith("again")
-            long = again or name in ("mix-whole", "mix-whole-group", "mix-geneval-ocr")
-            for seed in [s + again for s in cfg.grpo_seeds] if long else cfg.seeds:
+            once = again or name in ("mix-whole", "mix-whole-group", "mix-geneval-ocr", "half-pg-dense-lam0", "half-pg-sampled-lam0")
+            for seed in [s + again for s in cfg.grpo_seeds] if once else cfg.seeds:
                 run, job = f"rep-{name}-s{seed}", {"part": part, "seed": seed, "command": [], "seconds": SECONDS["eval"]}
                 if isinstance(what, list):                 # a command: train, then evaluate
                     of = "adapter" if what[0] == "train_grpo.py" else "student"
