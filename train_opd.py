@@ -14,21 +14,23 @@ states where they would have gone; the student's step is pulled there. No image 
 What "pulled" should mean is where the paper, its code and its followers differ. Fix a state x; the student goes to x_next ~ p_S(.|x), a Gaussian,
 the teacher's is p_T with the same variance, and D = KL(p_S || p_T) = w |v_S - v_T|^2 is known in closed form. Then
 
-    objective               loss at x (gradient through v_S, "sg" stops it)        its expected gradient
+    objective               loss at x, or A in -ratio A ("sg" stops the gradient)  its expected gradient
     kl                      D                                                      grad D, without any variance at x
     velocity                |v_S - v_T|^2                                          grad D / w: the same pull, early steps weigh more
-    pg, dense, step         sg(-D) in a policy gradient (the paper's text)         0
-    pg, sampled, step       sg(log p_T(x_next) - log p_S(x_next)), likewise        grad D, plus noise
-    pg, sampled, future     the sum of those over this and later steps             grad KL of whole trajectories
-    pg, dense, future       sg(-sum of D over later steps)                         that gradient less its direct part, the sum of grad D
-    released                ratio D, D not stopped (the released code)             grad D / dt-weighted, plus noise
+    pg, dense, step         A = sg(-D) (the paper's text)                          0 while the ratio is 1: Adam walks on noise
+    pg, sampled, step       A = sg(log p_T(x_next) - log p_S(x_next))              grad D, plus noise
+    pg, sampled, future     A = the sum of those over this and later steps         grad KL of the whole supervised window
+    pg, dense, future       A = sg(-sum of D over this and later steps)            that gradient less its direct part, the sum of grad D
+    released                A = -D dt, not stopped (the released code)             dt grad D, plus noise
 
 Why. (1) E[grad log p_S(x_next|x)] = grad of the integral of p_S = grad 1 = 0, so what does not depend on x_next, as D(x), is multiplied with 0 on
 average. (2) grad D = grad E[log p_S - log p_T] = E[(log p_S - log p_T) grad log p_S] + E[grad log p_S], and the last is 0: the sampled form. (3) A
 trajectory's log ratio is the sum over its steps; past steps' are constants to the later action, so of the sum only this and later steps' stay. Taking the
-expectation of each later one at its own state turns it into D there: dense and future, plus grad D at this state itself. All numbers here are averages
-over the N latent elements, so a pg's product of two of them has 1/N of the gradient above (the same direction, but beside it --lam weighs N times as much). (4) As the noise a goes to 0,
-std^2 = sigma_t^2 dt and 2 a^2 w -> dt (1 - t) / t: an ODE rollout has no density, but its states can be weighed like that (here: with the SDE's w at --a).
+expectation of each later one at its own state turns it into D there: dense and future, plus grad D at this state itself. (4) w = dt / 2 (sigma_t (1 - t) / (2 t)
++ 1 / sigma_t)^2 with sigma_t = a sqrt(t / (1 - t)): as the noise a goes to 0, w -> dt (1 - t) / (2 a^2 t). An ODE rollout has no density, but its states can
+be weighed like that (here: with the SDE's w at --a). Either way w grows hundreds of times towards the last step, and so does its say in the sum.
+(5) All numbers here are averages over the N latent elements, so a pg's product of two of them has 1/N of the gradient above: the same direction, but beside
+it --lam weighs N times as much; beside velocity it weighs w times, beside released 1 / dt times what it does beside kl.
 tests/test_objectives.py shows all this on a linear-Gaussian policy, where every expectation is known.
 
 --init, the cold start: merge (the exact average of the teachers), truncate (that, cut to --lora-r), factors (A and B averaged apart, as released), none (the
@@ -71,7 +73,7 @@ class Config:
     match: Literal["guided", "branches", "fold"] = "guided"              # which outputs of student and teacher (see above)
     extrapolate: float = 1.0                                             # target = base + this * (teacher - base): beyond the teacher if above 1
     blend: float = 0.0                                                   # target = (1 - this) * own teacher + this * mean of the others: 0 is hard routing
-    lam: float = 0.02                                                    # weight of the KL to the anchor (MAR); 0 turns it off
+    lam: float = 0.02                                                    # weight of the KL to the anchor (MAR), see (5); 0 turns it off
     name: str = "opd"                                                    # run name
     iters: int = 100                                                     # iterations, each one rollout of `batch` images
     batch: int = 64                                                      # trajectories an iteration, over all ranks
