@@ -60,6 +60,17 @@ def test_the_interval_covers_the_mean_19_times_of_20(n):
     assert reproduce.interval([0.5]) == "0.500" and reproduce.interval([0.5, 0.5, 0.5]) == "0.500 ± 0.000"
 
 
+def test_a_ratio_of_noisy_gains_is_unbiased_and_its_interval_covers_where_the_mean_of_ratios_does_not():
+    rng, hits, ratios, means = np.random.default_rng(0), [], [], []
+    for _ in range(4000):
+        base = rng.normal(0, 0.03, 3)                      # the same base under both
+        above, below = 0.16 + rng.normal(0, 0.01, 3) - base, 0.2 + rng.normal(0, 0.01, 3) - base
+        ratio, half_width = reproduce.ratio_half(above, below)
+        hits, ratios, means = hits + [abs(ratio - 0.8) < half_width], ratios + [ratio], means + [np.mean(above / below)]
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.015)
+    assert abs(np.mean(ratios) - 0.8) < 0.6 * abs(np.mean(means) - 0.8)
+
+
 def result(name, seed, geneval, ocr, quality, **more):
     table = {"geneval": [geneval, 0, 600], "ocr": [ocr, 0, 600], "quality": [quality, 0, 600], "average": [(geneval + ocr + quality) / 3, 0, 1800]}
     return {"part": JOBS[f"{name}-s{seed}"]["part"], "table: mean, standard error, n": table, "diversity": {"geneval": [0.1, 0, 5]},
@@ -106,6 +117,8 @@ def test_cost_is_counted_to_the_snapshot_from_which_on_all_have_95_percent(writt
         found["curve-opd-merge"][seed]["iteration -> table"] = snapshots
         found["opd-merge"][seed]["table: mean, standard error, n"] |= {task: [1.0] for task in reproduce.TASKS}
     assert any(line.startswith("| Flow-OPD from merge | all three | 100 | ") and "| 50 | 106 | 5.1% | 100 |" in line for line in reproduce.cost_table(found).splitlines())      # 50 * 64 * 33 passes of 2083 thousand, 50 * 2 s
+    found |= {"opd-sft": found["opd-merge"], "curve-opd-sft": found["curve-opd-merge"], "sft": found["merge"]}
+    assert any(line.startswith("| Flow-OPD from SFT | all three |") and "| 50 | 203 | 9.8% |" in line for line in reproduce.cost_table(found).splitlines())     # and SFT's 98 thousand
 
 
 def test_tables_go_between_the_readmes_marks_and_nowhere_else(written):
