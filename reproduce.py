@@ -44,6 +44,7 @@ ROOT = Path(__file__).parent
 TEACHERS = {"geneval": "ckpt/geneval.pt", "ocr": "ckpt/ocr.pt", "quality": "ckpt/quality.pt"}
 TASKS = tuple(TEACHERS)
 PARTS = ["main", "cost", "seesaw", "mar", "cold", "objectives", "states", "beyond", "curves", "fixed"]
+HELD_OUT, TRAIN = "table: mean, standard error, n", "on training prompts (to choose settings by)"      # keys of a result
 GRPO_PASSES, BUDGET = 28, 100 * 64 * 33                    # of distillation with its defaults: 100 iterations of 64 images
 TEACHER_IMAGES = 250 * 192 + 225 * 96 + 50 * 96            # of the three shipped teachers
 # Seconds on two cores with --compile (without: 1.5 times as long in training), to plan with.
@@ -217,19 +218,19 @@ def run(name, job, cfg):
     """Train, evaluate, and write NAME.json into cfg.out; what a stopped run left is gone on with (every script resumes)."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {"job": name, "part": job["part"], "seed": job["seed"], "command": " ".join(job["command"]), "commit": commit, "cores": os.cpu_count(), "ranks": cfg.ranks}
-    table, train = "table: mean, standard error, n", ["--split", "train", "--per-task", "150"]
+    train = ["--split", "train", "--per-task", "150"]
     if "source" in job:
         curve = evaluate(name, job, cfg, "--tasks", *job["tasks"])
         source = json.loads((Path(cfg.out) / f"{job['source'][4:]}.json").read_text())
-        result |= {"source": source["command"], "s/it": source.get("s/it, median"), "iteration -> table": curve[table]}
+        result |= {"source": source["command"], "s/it": source.get("s/it, median"), "iteration -> table": curve[HELD_OUT]}
     else:
         if job["command"]:
             launch(job["command"], cfg)
             rows = train_rows(f"rep-{name}")
             result |= {"timed alone": cfg.alone, "s/it, median": float(np.median([r["s/it"] for r in rows])), "iterations": len(rows), "last logged": rows[-1]}
         held_out, chosen = evaluate(name, job, cfg, "--diversity"), evaluate(name, job, cfg, *train)
-        result |= {table: held_out[table]["it"], "diversity": held_out["diversity"]["it"], "all scores": held_out["all scores: mean, standard error"]["it"],
-                   "on training prompts (to choose settings by)": chosen[table]["it"]}
+        result |= {HELD_OUT: held_out[HELD_OUT]["it"], "diversity": held_out["diversity"]["it"], "all scores": held_out["all scores: mean, standard error"]["it"],
+                   TRAIN: chosen[HELD_OUT]["it"]}
     util.write_atomic(Path(cfg.out) / f"{name}.json", json.dumps(result, indent=1))
 
 
@@ -284,10 +285,12 @@ def mean_half(values):
 
 
 def ratio_half(above, below):
-    """sum(above) / sum(below) over seeds, and half the width of its 95% interval: that of the mean of above - ratio * below, over the mean of below."""
-    above, below = np.array(above, float), np.array(below, float)
-    ratio = above.sum() / below.sum()
-    return float(ratio), mean_half(above - ratio * below)[1] / float(below.mean())
+    """sum(above) / sum(below) over seeds (S,), and half the width of its 95% interval: that of the mean of (above - ratio * below) / mean(below).
+
+    Of several rows (T, S), the mean of their ratios."""
+    above, below = np.atleast_2d(np.array(above, float)), np.atleast_2d(np.array(below, float))
+    ratio = above.sum(1, keepdims=True) / below.sum(1, keepdims=True)
+    return float(ratio.mean()), mean_half(((above - ratio * below) / below.mean(1, keepdims=True)).mean(0))[1]
 
 
 def show(mean, half_width, form=".3f"):
@@ -309,8 +312,8 @@ def collect(out):
     return found
 
 
-def scores(result, column):
-    return result["table: mean, standard error, n"][column][0]
+def scores(result, column, table=HELD_OUT):
+    return result[table][column][0]
 
 
 def gains(found, name, seeds, task):
@@ -352,11 +355,9 @@ def share_table(found):
     for name in ("mix-small", "mix-group", "mix-whole", "mix-whole-group", "sft-equal", "opd-sft", "opd-merge"):
         seeds = [s for s in found.get(name, ()) if all(s in found.get(other, ()) for other in ("base", *TASKS))]
         if seeds:
-            both = [gains(found, name, seeds, task) for task in TASKS]
-            shares = [ratio_half(*gain) for gain in both]
-            whole = np.mean([np.array(own) / np.mean(teacher) for own, teacher in both], 0)          # a seed's mean over the tasks
+            above, below = zip(*(gains(found, name, seeds, task) for task in TASKS))
             lines.append([ROWS[name].replace("the same", ROWS["mix-whole" if "whole" in name else "mix-small"]), str(len(seeds)),
-                          *(show(*one, ".2f") for one in shares), interval(whole, ".2f")])
+                          *(show(*ratio_half(*both), ".2f") for both in zip(above, below)), show(*ratio_half(above, below), ".2f")])
     return grid(["part of the teacher's gain over the base", "seeds", "GenEval", "OCR", "quality", "mean"], lines)
 
 
@@ -380,13 +381,14 @@ def ablation_table(found, kls):
         part = next(iter(found[name].values()))["part"]
         other = {"half": None}.get(name, "half-lam0" if part == "objectives" and name.endswith("lam0") else "half")
         seeds = [s for s in found[name] if other is None or s in found.get(other, ())]
-        cells = [interval([scores(found[name][s], c) - (scores(found[other][s], c) if other else 0) for s in seeds], "+.3f" if other else ".3f") for c in columns]
-        own = [[r["on training prompts (to choose settings by)"]["average"][0] for r in found[name].values()],
-               [r["all scores"]["quality on geneval"][0] for r in found[name].values()], [r["diversity"]["geneval"][0] for r in found[name].values()]]
+        form, less = ("+.3f", found[other]) if other else (".3f", None)
+        cells = [interval([scores(found[name][s], c, which) - (scores(less[s], c, which) if other else 0) for s in seeds], form)
+                 for which, cs in ((HELD_OUT, columns), (TRAIN, ("average",))) for c in cs]
+        own = [[r["all scores"]["quality on geneval"][0] for r in found[name].values()], [r["diversity"]["geneval"][0] for r in found[name].values()]]
         kl = [[1000 * np.mean(list(kls[f"{name}-s{s}"][which].values())) for s in seeds if f"{name}-s{s}" in kls] for which in ("teacher's states", "base's states")]
         lines.append((PARTS.index(part), name != "half", [f"`{name[5:] or 'default'}`" + ("" if other else ", not minus anything"), {"half": "default", "half-lam0": "lam0"}.get(other, "-"),
                       str(len(seeds)), *cells, *map(interval, own), *(interval(k, ".2f") if k else "-" for k in kl)]))
-    return grid(["run", "minus", "seeds", "GenEval", "OCR", "quality", "average", "average on training prompts", "quality reward of GenEval's pictures", "their diversity", *KL_COLUMNS],
+    return grid(["run", "minus", "seeds", "GenEval", "OCR", "quality", "average", "the same on training prompts", "quality reward of GenEval's pictures", "their diversity", *KL_COLUMNS],
                 [line for *_, line in sorted(lines, key=lambda x: x[:2])])
 
 
@@ -440,7 +442,7 @@ def tables(out):
     found, file = collect(out), Path(out) / "fixed-states.json"
     kls = json.loads(file.read_text()) if file.exists() else {}
     made = {"main": main_table(found, kls), "share": share_table(found), "minus": difference_table(found), "cost": cost_table(found), "half": ablation_table(found, kls)}
-    title = {"main": "Main table", "share": "Part of the teachers' gains", "minus": "Differences, seed by seed", "cost": "Cost", "half": "Half of the budget: scores minus the default's, or lam0's, seed by seed; the five last columns are the run's own"}
+    title = {"main": "Main table", "share": "Part of the teachers' gains", "minus": "Differences, seed by seed", "cost": "Cost", "half": "Half of the budget: scores minus the default's, or lam0's, seed by seed; the last four columns are the run's own"}
     text = ("Mean and 95% interval over seeds (Student's t; a number alone is one seed). Held-out prompts, 600 images a task and seed.\n"
             "Made by `python reproduce.py --tables`.\n" + "".join(f"\n## {title[key]}\n\n{table}\n" for key, table in made.items()))
     util.write_atomic(f"{out}.md", text)

@@ -119,6 +119,8 @@ def setup(device="auto", seed=0):
     cuda = torch.cuda.device_count()
     if device == "auto":              # one GPU a rank, or none at all
         device = "cuda" if cuda >= local else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
+        if 0 < cuda < local and rank == 0:
+            print(f"{local} ranks, but {cuda} GPU(s): all run on the CPU. Start one rank a GPU (torchrun --nproc_per_node={cuda}, make RANKS={cuda})", file=sys.stderr)
     if device not in ("cuda", "mps", "cpu"):
         raise ValueError(f"--device {device}: expected auto, cuda, mps or cpu (choose a GPU with CUDA_VISIBLE_DEVICES)")
     if device == "cuda" and cuda < local:
