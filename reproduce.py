@@ -364,12 +364,12 @@ def share_table(found):
 def difference_table(found):
     """Model minus model, seed by seed: same prompts, same noise. The teachers' row takes each task's own."""
     lines = []
-    for name, other in (("opd-merge", TASKS), ("opd-sft", TASKS), ("opd-merge", "mix-whole"), ("opd-merge", "mix-whole-group"), ("opd-merge", "mix-small"), ("opd-merge", "sft-equal"), ("opd-merge", "opd-sft")):
+    for name, other in (("opd-merge", TASKS), ("opd-sft", TASKS), ("half-extrapolate", TASKS), ("opd-merge", "mix-whole"), ("opd-merge", "mix-whole-group"), ("opd-merge", "mix-small"), ("opd-merge", "sft-equal"), ("opd-merge", "opd-sft")):
         others = dict(zip(TASKS, other)) if other == TASKS else {c: other for c in (*TASKS, "average")}
         seeds = [s for s in found.get(name, ()) if all(s in found.get(o, ()) for o in others.values())]
         if seeds:
             cells = [interval([scores(found[name][s], c) - scores(found[o][s], c) for s in seeds], "+.3f") for c, o in others.items()]
-            title = f"{ROWS[name]} minus {'each teacher on its own task' if other == TASKS else ROWS[other].replace('the same', ROWS['mix-whole'])}".replace("**", "")
+            title = f"{ROWS.get(name, 'Flow-OPD from merge, half of the budget, `--extrapolate 1.25`,')} minus {'each teacher on its own task' if other == TASKS else ROWS[other].replace('the same', ROWS['mix-whole'])}".replace("**", "")
             lines.append([title, str(len(seeds)), *cells] + [""] * (other == TASKS))
     return grid(["difference", "seeds", "GenEval", "OCR", "quality", "average"], lines)
 
@@ -464,7 +464,7 @@ def plot(out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     found, plan = collect(out), jobs(Config())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.5))
     for name, style in (("geneval-again", "--"), ("ocr-again", "--"), ("quality-again", "--"), ("opd-merge", "-"), ("opd-sft", ":")):
         if f"curve-{name}" not in found:
             continue
@@ -476,7 +476,8 @@ def plot(out):
                           label=f"{task}, {'GRPO' if style == '--' else ROWS[name].strip('*')}")
     left.axhline(0.95, color="grey", linewidth=0.5)
     left.set(xlabel="million forward passes of one image", ylabel="part of the teacher's gain over the base", ylim=(-0.4, 1.15))
-    left.set_xscale("symlog", linthresh=0.01)
+    left.set_xscale("symlog", linthresh=0.02)
+    left.set_xlim(left=-0.002)
     left.legend(fontsize=7)
     names = sorted((n for n in found if n.startswith("half-")), key=lambda n: -PARTS.index(next(iter(found[n].values()))["part"]))
     for y, name in enumerate(names):
@@ -486,7 +487,7 @@ def plot(out):
         right.plot(differences, [y] * len(differences), "|", color="grey")
     right.axvline(0, color="grey", linewidth=0.5)
     right.set_yticks(range(len(names)), [n[5:] for n in names])
-    right.set(xlabel="average score minus the default's, half of the budget, 95% interval over seeds")
+    right.set(xlabel="average score minus the default's, at half of the budget")
     right.set_xscale("symlog", linthresh=0.02)
     figure.tight_layout()
     figure.savefig(f"{out}.png", dpi=110)
