@@ -576,7 +576,7 @@ def test_every_option_is_read_and_documented(script):
 
 def test_nothing_but_the_declared_packages_is_imported():
     allowed = {"torch", "safetensors", "transformers", "numpy", "tqdm", "PIL", "huggingface_hub",      # transformers brings the last
-               "model", "sampler", "rewards", "util", "tiny", "sd3", "adapters", "prompts", "scorers", "detectors", "deqa", "mini_sd3"}
+               "model", "sampler", "rewards", "util", "tiny", "sd3", "adapters", "prompts", "scorers", "detectors", "deqa", "mini_sd3", "train_grpo", "train_opd", "train_sft"}
     for path in ROOT.glob("*.py"):
         names = re.findall(r"^(\s*)(?:from|import) (\w+)", path.read_text(), re.M)
         optional = {name for indent, name in names if indent} & {"matplotlib"}         # only in a function that was asked for a plot
