@@ -362,13 +362,14 @@ def share_table(found):
 
 
 def difference_table(found):
-    """Model minus model, seed by seed: same prompts, same noise. The teachers' row takes each task's own."""
+    """Model minus model, seed by seed: same prompts, same noise. The teachers' row takes each task's own. In brackets: one seed, 95% over its images only."""
     lines = []
     for name, other in (("opd-merge", TASKS), ("opd-sft", TASKS), ("half-extrapolate", TASKS), ("opd-merge", "mix-whole"), ("opd-merge", "mix-whole-group"), ("opd-merge", "mix-small"), ("opd-merge", "sft-equal"), ("opd-merge", "opd-sft")):
         others = dict(zip(TASKS, other)) if other == TASKS else {c: other for c in (*TASKS, "average")}
         seeds = [s for s in found.get(name, ()) if all(s in found.get(o, ()) for o in others.values())]
         if seeds:
-            cells = [interval([scores(found[name][s], c) - scores(found[o][s], c) for s in seeds], "+.3f") for c, o in others.items()]
+            pairs = {c: [(found[name][s][HELD_OUT][c], found[o][s][HELD_OUT][c]) for s in seeds] for c, o in others.items()}
+            cells = [interval([a[0] - b[0] for a, b in both], "+.3f") + (f" (± {1.96 * math.hypot(both[0][0][1], both[0][1][1]):.3f})" if len(seeds) == 1 else "") for both in pairs.values()]
             title = f"{ROWS.get(name, 'Flow-OPD from merge, half of the budget, `--extrapolate 1.25`,')} minus {'each teacher on its own task' if other == TASKS else ROWS[other].replace('the same', ROWS['mix-whole'])}".replace("**", "")
             lines.append([title, str(len(seeds)), *cells] + [""] * (other == TASKS))
     return grid(["difference", "seeds", "GenEval", "OCR", "quality", "average"], lines)
