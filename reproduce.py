@@ -378,16 +378,16 @@ def difference_table(found):
 def ablation_table(found, kls):
     """Runs at half of the budget minus what they are compared with, seed by seed; the last columns are each run's own."""
     lines, columns = [], (*TASKS, "average")
-    for name in (n for n in found if n.startswith("half")):
-        part = next(iter(found[name].values()))["part"]
-        other = {"half": None}.get(name, "half-lam0" if part == "objectives" and name.endswith("lam0") else "half")
+    for name in (n for n in found if n.startswith("half") or n == "merge"):
+        part = next(iter(found[name].values()))["part"] if name != "merge" else "objectives"           # where they start
+        other = {"half": None, "merge": "half-lam0"}.get(name, "half-lam0" if part == "objectives" and name.endswith("lam0") else "half")
         seeds = [s for s in found[name] if other is None or s in found.get(other, ())]
         form, less = ("+.3f", found[other]) if other else (".3f", None)
         cells = [interval([scores(found[name][s], c, which) - (scores(less[s], c, which) if other else 0) for s in seeds], form)
                  for which, cs in ((HELD_OUT, columns), (TRAIN, ("average",))) for c in cs]
         own = [[r["all scores"]["quality on geneval"][0] for r in found[name].values()], [r["diversity"]["geneval"][0] for r in found[name].values()]]
         kl = [[1000 * np.mean(list(kls[f"{name}-s{s}"][which].values())) for s in seeds if f"{name}-s{s}" in kls] for which in ("teacher's states", "base's states")]
-        lines.append((PARTS.index(part), name != "half", [f"`{name[5:] or 'default'}`" + ("" if other else ", not minus anything"), {"half": "default", "half-lam0": "lam0"}.get(other, "-"),
+        lines.append((PARTS.index(part), name != "half", ["the merge, iteration 0" if name == "merge" else f"`{name[5:] or 'default'}`" + ("" if other else ", not minus anything"), {"half": "default", "half-lam0": "lam0"}.get(other, "-"),
                       str(len(seeds)), *cells, *map(interval, own), *(interval(k, ".2f") if k else "-" for k in kl)]))
     return grid(["run", "minus", "seeds", "GenEval", "OCR", "quality", "average", "the same on training prompts", "quality reward of GenEval's pictures", "their diversity", *KL_COLUMNS],
                 [line for *_, line in sorted(lines, key=lambda x: x[:2])])
