@@ -43,6 +43,7 @@ from sampler import draw_noise, encode, gaussian_kl, rollout, schedule, sde_step
 ROOT = Path(__file__).parent
 TEACHERS = {"geneval": "ckpt/geneval.pt", "ocr": "ckpt/ocr.pt", "quality": "ckpt/quality.pt"}
 TASKS = tuple(TEACHERS)
+SECOND = {f"{task}-second": f"runs/rep-{task}-again-s1/adapter.pt" for task in TASKS}       # other teachers: the part cost makes them
 PARTS = ["main", "cost", "seesaw", "mar", "cold", "objectives", "states", "beyond", "curves", "fixed"]
 HELD_OUT, TRAIN = "table: mean, standard error, n", "on training prompts (to choose settings by)"      # keys of a result
 GRPO_PASSES, BUDGET = 28, 100 * 64 * 33                    # of distillation with its defaults: 100 iterations of 64 images
@@ -104,7 +105,8 @@ def jobs(cfg):
             "mix-small": mix(BUDGET / GRPO_PASSES),
             "mix-whole": mix(whole),
             "mix-whole-group": mix(whole) + ["--adv-std", "group"],
-            "base": "base", **TEACHERS, "merge": "runs/rep-opd-merge-s{seed}/init.pt"},         # nothing to train
+            "opd-second": ["train_opd.py", "--teachers", *SECOND.values(), "--anchor", "quality", "--iters", 100],
+            "base": "base", **TEACHERS, **SECOND, "merge": "runs/rep-opd-merge-s{seed}/init.pt"},         # nothing to train
         "seesaw": {
             "mix-group": mix(BUDGET / GRPO_PASSES) + ["--adv-std", "group"],         # a task whose rewards differ little weighs as much as others
             "mix-geneval-ocr": mix(48000, ("geneval", "ocr"))},
@@ -237,11 +239,11 @@ def run(name, job, cfg):
 def fixed(cfg, per_task=60):
     """fixed-states.json: KL of every finished run to each prompt's own teacher, nats per latent element and step, at the SAME states for all.
 
-    Two sets of states: trajectories of the base and of the teacher itself (the training rollout's SDE, its five noisy steps), on held-out prompts.
+    "Own" are the shipped ones, so students of others are left out. Two sets of states: trajectories of the base and of the teacher itself (the training rollout's SDE, its five noisy steps), on held-out prompts.
     """
     file = Path(cfg.out) / "fixed-states.json"
     done = json.loads(file.read_text()) if file.exists() else {}
-    todo = {name: job["ckpts"][0].split("=")[1] for name, job in jobs(cfg).items() if "source" not in job and name not in done}
+    todo = {name: job["ckpts"][0].split("=")[1] for name, job in jobs(cfg).items() if "source" not in job and name not in done and "second" not in name}
     todo = {name: path for name, path in todo.items() if path == "base" or Path(path).exists()}
     world = world_of("tiny", [])
     model = models.load("ckpt/tiny.safetensors", torch.device("cpu"))
@@ -316,27 +318,32 @@ def scores(result, column, table=HELD_OUT):
     return result[table][column][0]
 
 
+def teachers_of(name):
+    """task -> the result of the teacher that a model is measured by: the one that taught it."""
+    return dict(zip(TASKS, SECOND if name == "opd-second" else TASKS))
+
+
 def gains(found, name, seeds, task):
     """What a model and the task's teacher gain over the base, a list over seeds each: same prompts, same noise."""
     base = [scores(found["base"][s], task) for s in seeds]
-    return [[scores(found[of][s], task) - b for s, b in zip(seeds, base)] for of in (name, task)]
+    return [[scores(found[of][s], task) - b for s, b in zip(seeds, base)] for of in (name, teachers_of(name)[task])]
 
 
 def grid(header, rows):
     return "\n".join(["| " + " | ".join(header) + " |", "|---" * len(header) + "|"] + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-ROWS = {"base": "base", "geneval": "teacher `geneval`", "ocr": "teacher `ocr`", "quality": "teacher `quality`", "geneval-again": "`geneval`, a second run",
-        "ocr-again": "`ocr`, a second run", "quality-again": "`quality`, a second run", "merge": "merge of the three", "sft": "SFT on teachers' pictures (the cold start)",
+ROWS = {"base": "base", "geneval": "teacher `geneval`", "ocr": "teacher `ocr`", "quality": "teacher `quality`", "geneval-second": "`geneval`, a second run",
+        "ocr-second": "`ocr`, a second run", "quality-second": "`quality`, a second run", "merge": "merge of the three", "sft": "SFT on teachers' pictures (the cold start)",
         "sft-equal": "SFT, distillation's compute",
         "mix-geneval-ocr": "GRPO-Mix of GenEval and OCR", "mix-small": "GRPO-Mix, distillation's compute", "mix-group": "the same, `--adv-std group`",
         "mix-whole": "GRPO-Mix, compute of teachers + distillation", "mix-whole-group": "the same, `--adv-std group`", "opd-sft": "**Flow-OPD from SFT**",
-        "opd-merge": "**Flow-OPD from merge**"}
+        "opd-merge": "**Flow-OPD from merge**", "opd-second": "**Flow-OPD from merge, the second teachers**"}
 
 
 def main_table(found, kls):
     own = {name.rsplit("-s", 1)[0]: passes(job["command"]) for name, job in jobs(Config()).items() if job["command"]}
-    own |= {task: own[f"{task}-again"] for task in TASKS} | {"opd-sft": own["opd-sft"] + own["sft"]}
+    own |= {name: own[f"{task}-again"] for task in TASKS for name in (task, f"{task}-second")} | {"opd-sft": own["opd-sft"] + own["sft"]}
     lines = []
     for name, results in ((name, found[name]) for name in ROWS if name in found):
         kl = [[1000 * np.mean(list(kls[f"{name}-s{s}"][which].values())) for s in results if f"{name}-s{s}" in kls] for which in ("teacher's states", "base's states")]
@@ -352,8 +359,8 @@ KL_COLUMNS = ["KL to the teachers at their states, 1e-3", "at the base's states"
 def share_table(found):
     """Parts of the teachers' gains: the gains of all seeds together over the teachers'."""
     lines = []
-    for name in ("mix-small", "mix-group", "mix-whole", "mix-whole-group", "sft-equal", "opd-sft", "opd-merge"):
-        seeds = [s for s in found.get(name, ()) if all(s in found.get(other, ()) for other in ("base", *TASKS))]
+    for name in ("mix-small", "mix-group", "mix-whole", "mix-whole-group", "sft-equal", "opd-sft", "opd-merge", "opd-second"):
+        seeds = [s for s in found.get(name, ()) if all(s in found.get(other, ()) for other in ("base", *teachers_of(name).values()))]
         if seeds:
             above, below = zip(*(gains(found, name, seeds, task) for task in TASKS))
             lines.append([ROWS[name].replace("the same", ROWS["mix-whole" if "whole" in name else "mix-small"]), str(len(seeds)),
@@ -362,16 +369,17 @@ def share_table(found):
 
 
 def difference_table(found):
-    """Model minus model, seed by seed: same prompts, same noise. The teachers' row takes each task's own. In brackets: one seed, 95% over its images only."""
+    """Model minus model, seed by seed: same prompts, same noise. A teachers' row (None) takes each task's own. In brackets: one seed, 95% over its images only."""
     lines = []
-    for name, other in (("opd-merge", TASKS), ("opd-sft", TASKS), ("half-extrapolate", TASKS), ("opd-merge", "mix-whole"), ("opd-merge", "mix-whole-group"), ("opd-merge", "mix-small"), ("opd-merge", "sft-equal"), ("opd-merge", "opd-sft")):
-        others = dict(zip(TASKS, other)) if other == TASKS else {c: other for c in (*TASKS, "average")}
+    for name, other in (("opd-merge", None), ("opd-second", None), ("opd-sft", None), ("half-extrapolate", None), ("opd-merge", "mix-whole"), ("opd-second", "mix-whole"),
+                        ("opd-merge", "mix-whole-group"), ("opd-second", "mix-whole-group"), ("opd-merge", "mix-small"), ("opd-merge", "sft-equal"), ("opd-merge", "opd-sft")):
+        others = {c: other for c in (*TASKS, "average")} if other else teachers_of(name)
         seeds = [s for s in found.get(name, ()) if all(s in found.get(o, ()) for o in others.values())]
         if seeds:
             pairs = {c: [(found[name][s][HELD_OUT][c], found[o][s][HELD_OUT][c]) for s in seeds] for c, o in others.items()}
             cells = [interval([a[0] - b[0] for a, b in both], "+.3f") + (f" (± {1.96 * math.hypot(both[0][0][1], both[0][1][1]):.3f})" if len(seeds) == 1 else "") for both in pairs.values()]
-            title = f"{ROWS.get(name, 'Flow-OPD from merge, half of the budget, `--extrapolate 1.25`,')} minus {'each teacher on its own task' if other == TASKS else ROWS[other].replace('the same', ROWS['mix-whole'])}".replace("**", "")
-            lines.append([title, str(len(seeds)), *cells] + [""] * (other == TASKS))
+            whose = ROWS.get(name, "Flow-OPD from merge, half of the budget, `--extrapolate 1.25`,").replace("**", "")
+            lines.append([f"{whose} minus {ROWS[other].replace('the same', ROWS['mix-whole']) if other else 'each of its teachers on its own task'}", str(len(seeds)), *cells] + [""] * (not other))
     return grid(["difference", "seeds", "GenEval", "OCR", "quality", "average"], lines)
 
 
