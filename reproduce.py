@@ -14,9 +14,9 @@ teachers (ckpt/) teach. Seconds in the cost table are from runs with --alone.
 Parts: main (the table), cost (the teachers again, with snapshots), seesaw, and at half of the budget mar, cold, objectives, states, beyond; then curves
 (snapshots of main and cost, evaluated) and fixed (KL to the teachers at the same states for all).
 
-Compute is counted in forward passes of the network for one image, a backward pass as two; scoring and the VAE are left out. GRPO: 8 rollout steps and, on each of the 5 trained ones, policy
-(1 + 2) and reference (1): 28 an image. Distillation: 8 + 5 (teacher 1, anchor 1, student 1 + 2) = 33. Variants get the default's passes in all (passes()
-below); what a cold start by SFT costs comes on top and is in the tables.
+Compute is counted in forward passes of the network for one image, a backward pass as two; scoring and the VAE are left out. GRPO: 8 rollout steps
+and, on each of the 5 trained ones, policy (1 + 2) and reference (1): 28 an image. Distillation: 8 + 5 (teacher 1, anchor 1, student 1 + 2) = 33.
+Variants get the default's passes in all (passes() below); what a cold start by SFT costs comes on top and is in the tables.
 """
 import json
 import math
@@ -219,7 +219,8 @@ def train_rows(run):
 def run(name, job, cfg):
     """Train, evaluate, and write NAME.json into cfg.out; what a stopped run left is gone on with (every script resumes)."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result = {"job": name, "part": job["part"], "seed": job["seed"], "command": " ".join(job["command"]), "commit": commit, "cores": os.cpu_count(), "ranks": cfg.ranks}
+    result = {"job": name, "part": job["part"], "seed": job["seed"], "command": " ".join(job["command"]), "commit": commit, "cores": os.cpu_count(),
+              "ranks": cfg.ranks}
     train = ["--split", "train", "--per-task", "150"]
     if "source" in job:
         curve = evaluate(name, job, cfg, "--tasks", *job["tasks"])
@@ -239,7 +240,8 @@ def run(name, job, cfg):
 def fixed(cfg, per_task=60):
     """fixed-states.json: KL of every finished run to each prompt's own teacher, nats per latent element and step, at the SAME states for all.
 
-    "Own" are the shipped ones, so students of others are left out. Two sets of states: trajectories of the base and of the teacher itself (the training rollout's SDE, its five noisy steps), on held-out prompts.
+    "Own" is of the shipped ones, so the second teachers and their students are left out. Two sets of states: trajectories of the base and of the
+    teacher itself (the training rollout's SDE, its five noisy steps), on held-out prompts.
     """
     file = Path(cfg.out) / "fixed-states.json"
     done = json.loads(file.read_text()) if file.exists() else {}
@@ -267,7 +269,8 @@ def fixed(cfg, per_task=60):
             for (which, task, x, t, t_next, text), v_T in zip(states, targets):
                 v = velocity(net, x, t, text, 1.0, name.replace(".", "_") if found else None)
                 mean, std = sde_step(x, v, t, t_next, 0.7, times[1])
-                kls.setdefault(f"{which}'s states", {}).setdefault(task, []).append(gaussian_kl(mean, sde_step(x, v_T, t, t_next, 0.7, times[1])[0], std).mean().item())
+                kl = gaussian_kl(mean, sde_step(x, v_T, t, t_next, 0.7, times[1])[0], std).mean().item()
+                kls.setdefault(f"{which}'s states", {}).setdefault(task, []).append(kl)
             done[name] = {which: {task: float(np.mean(kl)) for task, kl in by.items()} for which, by in kls.items()}
             util.write_atomic(file, json.dumps(done, indent=1))
 
@@ -333,27 +336,35 @@ def grid(header, rows):
     return "\n".join(["| " + " | ".join(header) + " |", "|---" * len(header) + "|"] + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-ROWS = {"base": "base", "geneval": "teacher `geneval`", "ocr": "teacher `ocr`", "quality": "teacher `quality`", "geneval-second": "`geneval`, a second run",
-        "ocr-second": "`ocr`, a second run", "quality-second": "`quality`, a second run", "merge": "merge of the three", "sft": "SFT on teachers' pictures (the cold start)",
-        "sft-equal": "SFT, distillation's compute",
-        "mix-geneval-ocr": "GRPO-Mix of GenEval and OCR", "mix-small": "GRPO-Mix, distillation's compute", "mix-group": "the same, `--adv-std group`",
-        "mix-whole": "GRPO-Mix, compute of teachers + distillation", "mix-whole-group": "the same, `--adv-std group`", "opd-sft": "**Flow-OPD from SFT**",
-        "opd-merge": "**Flow-OPD from merge**", "opd-second": "**Flow-OPD from merge, the second teachers**"}
+ROWS = {"base": "base", "geneval": "teacher `geneval`", "ocr": "teacher `ocr`", "quality": "teacher `quality`",
+        "geneval-second": "`geneval`, a second run", "ocr-second": "`ocr`, a second run", "quality-second": "`quality`, a second run",
+        "merge": "merge of the three", "sft": "SFT on teachers' pictures (the cold start)", "sft-equal": "SFT, distillation's compute",
+        "mix-geneval-ocr": "GRPO-Mix of GenEval and OCR",
+        "mix-small": "GRPO-Mix, distillation's compute", "mix-group": "the same, `--adv-std group`",
+        "mix-whole": "GRPO-Mix, compute of teachers + distillation", "mix-whole-group": "the same, `--adv-std group`",
+        "opd-sft": "**Flow-OPD from SFT**", "opd-merge": "**Flow-OPD from merge**", "opd-second": "**Flow-OPD from merge, the second teachers**"}
+OWN_COLUMNS = ["quality reward of GenEval's pictures", "their diversity", "KL to the teachers at their states, 1e-3", "at the base's states"]
+
+
+def title(name):
+    return ROWS[name].replace("the same", ROWS["mix-whole" if "whole" in name else "mix-small"])
+
+
+def own_cells(name, results, kls):
+    """The cells under OWN_COLUMNS: what tells runs apart beside the scores."""
+    known = [kls[f"{name}-s{seed}"] for seed in results if f"{name}-s{seed}" in kls]
+    kl = [[1000 * np.mean(list(states[which].values())) for states in known] for which in ("teacher's states", "base's states")]
+    return [interval([r["all scores"]["quality on geneval"][0] for r in results.values()]), interval([r["diversity"]["geneval"][0] for r in results.values()]),
+            *(interval(values, ".2f") if values else "-" for values in kl)]
 
 
 def main_table(found, kls):
     own = {name.rsplit("-s", 1)[0]: passes(job["command"]) for name, job in jobs(Config()).items() if job["command"]}
     own |= {name: own[f"{task}-again"] for task in TASKS for name in (task, f"{task}-second")} | {"opd-sft": own["opd-sft"] + own["sft"]}
-    lines = []
-    for name, results in ((name, found[name]) for name in ROWS if name in found):
-        kl = [[1000 * np.mean(list(kls[f"{name}-s{s}"][which].values())) for s in results if f"{name}-s{s}" in kls] for which in ("teacher's states", "base's states")]
-        lines.append([ROWS[name], str(len(results)), f"{own.get(name, 0) / 1e3:.0f}", *(interval([scores(r, c) for r in results.values()]) for c in (*TASKS, "average")),
-                      interval([r["all scores"]["quality on geneval"][0] for r in results.values()]), interval([r["diversity"]["geneval"][0] for r in results.values()]),
-                      *(interval(k, ".2f") if k else "-" for k in kl)])
-    return grid(["model", "seeds", "own passes, thousand", "GenEval", "OCR", "quality", "average", "quality reward of GenEval's pictures", "their diversity", *KL_COLUMNS], lines)
-
-
-KL_COLUMNS = ["KL to the teachers at their states, 1e-3", "at the base's states"]
+    lines = [[ROWS[name], str(len(found[name])), f"{own.get(name, 0) / 1e3:.0f}",
+              *(interval([scores(r, c) for r in found[name].values()]) for c in (*TASKS, "average")), *own_cells(name, found[name], kls)]
+             for name in ROWS if name in found]
+    return grid(["model", "seeds", "own passes, thousand", "GenEval", "OCR", "quality", "average", *OWN_COLUMNS], lines)
 
 
 def share_table(found):
@@ -363,44 +374,45 @@ def share_table(found):
         seeds = [s for s in found.get(name, ()) if all(s in found.get(other, ()) for other in ("base", *teachers_of(name).values()))]
         if seeds:
             above, below = zip(*(gains(found, name, seeds, task) for task in TASKS))
-            lines.append([ROWS[name].replace("the same", ROWS["mix-whole" if "whole" in name else "mix-small"]), str(len(seeds)),
+            lines.append([title(name), str(len(seeds)),
                           *(show(*ratio_half(*both), ".2f") for both in zip(above, below)), show(*ratio_half(above, below), ".2f")])
     return grid(["part of the teacher's gain over the base", "seeds", "GenEval", "OCR", "quality", "mean"], lines)
 
 
 def difference_table(found):
     """Model minus model, seed by seed: same prompts, same noise. A teachers' row (None) takes each task's own. In brackets: one seed, 95% over its images only."""
-    lines = []
-    for name, other in (("opd-merge", None), ("opd-second", None), ("opd-sft", None), ("half-extrapolate", None), ("opd-merge", "mix-whole"), ("opd-second", "mix-whole"),
-                        ("opd-merge", "mix-whole-group"), ("opd-second", "mix-whole-group"), ("opd-merge", "mix-small"), ("opd-merge", "sft-equal"), ("opd-merge", "opd-sft")):
+    lines, whole = [], [(name, other) for other in ("mix-whole", "mix-whole-group") for name in ("opd-merge", "opd-second")]
+    for name, other in [("opd-merge", None), ("opd-second", None), ("opd-sft", None), ("half-extrapolate", None), *whole,
+                        ("opd-merge", "mix-small"), ("opd-merge", "sft-equal"), ("opd-merge", "opd-sft")]:
         others = {c: other for c in (*TASKS, "average")} if other else teachers_of(name)
         seeds = [s for s in found.get(name, ()) if all(s in found.get(o, ()) for o in others.values())]
-        if seeds:
-            pairs = {c: [(found[name][s][HELD_OUT][c], found[o][s][HELD_OUT][c]) for s in seeds] for c, o in others.items()}
-            cells = [interval([a[0] - b[0] for a, b in both], "+.3f") + (f" (± {1.96 * math.hypot(both[0][0][1], both[0][1][1]):.3f})" if len(seeds) == 1 else "") for both in pairs.values()]
-            whose = ROWS.get(name, "Flow-OPD from merge, half of the budget, `--extrapolate 1.25`,").replace("**", "")
-            lines.append([f"{whose} minus {ROWS[other].replace('the same', ROWS['mix-whole']) if other else 'each of its teachers on its own task'}", str(len(seeds)), *cells] + [""] * (not other))
+        if not seeds:
+            continue
+        cells = []
+        for c, o in others.items():
+            pairs = [(found[name][s][HELD_OUT][c], found[o][s][HELD_OUT][c]) for s in seeds]             # (mean, standard error, n) each
+            over_images = f" (± {1.96 * math.hypot(pairs[0][0][1], pairs[0][1][1]):.3f})"
+            cells.append(interval([a[0] - b[0] for a, b in pairs], "+.3f") + (over_images if len(seeds) == 1 else ""))
+        whose = title(name) if name in ROWS else "Flow-OPD from merge, half of the budget, `--extrapolate 1.25`,"
+        label = f"{whose} minus {title(other) if other else 'each of its teachers on its own task'}".replace("**", "")
+        lines.append([label, str(len(seeds)), *cells] + [""] * (not other))
     return grid(["difference", "seeds", "GenEval", "OCR", "quality", "average"], lines)
 
 
 def ablation_table(found, kls):
     """Runs at half of the budget minus what they are compared with, seed by seed; the last columns are each run's own."""
-    lines, columns = [], (*TASKS, "average")
+    lines = []
     for name in (n for n in found if n.startswith("half") or n == "merge"):
         part = next(iter(found[name].values()))["part"] if name != "merge" else "objectives"           # where they start
         other = {"half": None, "merge": "half-lam0"}.get(name, "half-lam0" if part == "objectives" and name.endswith("lam0") else "half")
-        seeds = [s for s in found[name] if other is None or s in found.get(other, ())]
-        form, less = ("+.3f", found[other]) if other else (".3f", None)
-        cells = [interval([scores(found[name][s], c, which) - (scores(less[s], c, which) if other else 0) for s in seeds], form)
-                 for which, cs in ((HELD_OUT, columns), (TRAIN, ("average",))) for c in cs]
-        own = [[r["all scores"]["quality on geneval"][0] for r in found[name].values()], [r["diversity"]["geneval"][0] for r in found[name].values()]]
-        kl = [[1000 * np.mean(list(kls[f"{name}-s{s}"][which].values())) for s in seeds if f"{name}-s{s}" in kls] for which in ("teacher's states", "base's states")]
-        lines.append((PARTS.index(part), name != "half", ["the merge, iteration 0" if name == "merge" else f"`{name[5:] or 'default'}`" + ("" if other else ", not minus anything"), {"half": "default", "half-lam0": "lam0"}.get(other, "-"),
-                      str(len(seeds)), *cells, *map(interval, own), *(interval(k, ".2f") if k else "-" for k in kl)]))
-    return grid(["run", "minus", "seeds", "GenEval", "OCR", "quality", "average", "the same on training prompts", "quality reward of GenEval's pictures", "their diversity", *KL_COLUMNS],
-                [line for *_, line in sorted(lines, key=lambda x: x[:2])])
-
-
+        results = {s: r for s, r in found[name].items() if other is None or s in found.get(other, ())}
+        cells = [interval([scores(r, c, which) - (scores(found[other][s], c, which) if other else 0) for s, r in results.items()], "+.3f" if other else ".3f")
+                 for which, c in [(HELD_OUT, c) for c in (*TASKS, "average")] + [(TRAIN, "average")]]
+        label = {"half": "`default`, not minus anything", "merge": "the merge, iteration 0"}.get(name, f"`{name[5:]}`")
+        row = [label, {None: "-", "half": "default", "half-lam0": "lam0"}[other], str(len(results)), *cells, *own_cells(name, results, kls)]
+        lines.append((PARTS.index(part), name != "half", row))
+    return grid(["run", "minus", "seeds", "GenEval", "OCR", "quality", "average", "the same on training prompts", *OWN_COLUMNS],
+                [row for *_, row in sorted(lines, key=lambda line: line[:2])])
 
 
 def curve(found, name):
@@ -434,28 +446,36 @@ def cost_table(found):
     plan = {name.rsplit("-s", 1)[0]: job["command"] for name, job in jobs(Config()).items() if job["command"]}
     whole, lines, again = sum(passes(plan[f"{task}-again"]) for task in TASKS), [], [r for task in TASKS for r in found.get(f"{task}-again", {}).values()]
     if len(again) == 3:
-        lines.append(["GRPO, second runs", "all three, to their ends", "", "1.00", "", f"{whole / 1e3:.0f}", "100.0%", f"{sum(r['s/it, median'] * r['iterations'] for r in again):.0f}"])
+        seconds = sum(r["s/it, median"] * r["iterations"] for r in again)
+        lines.append(["GRPO, second runs", "all three, to their ends", "", "1.00", "", f"{whole / 1e3:.0f}", "100.0%", f"{seconds:.0f}"])
     for name in ("geneval-again", "ocr-again", "quality-again", "opd-merge", "opd-sft"):
         points = curve(found, name) if f"curve-{name}" in found else {}
         if len(points) > 1:
             points["all three"] = [(one[0], min(points[task][k][1] for task in TASKS), 0) for k, one in enumerate(points[TASKS[0]])]
+        runs, cold = list(found.get(name, {}).values()), passes(plan["sft"]) if name == "opd-sft" else 0
         for task, at in points.items():
-            runs, it = list(found[name].values()), reached(at)
-            pace = np.mean([r["s/it, median"] for r in runs]) if all(r["timed alone"] for r in runs) else math.nan
-            spent = (passes(plan[name]) / at[-1][0] * it + (passes(plan["sft"]) if name == "opd-sft" else 0)) if it is not None else math.nan
-            lines.append([{"opd-merge": "Flow-OPD from merge", "opd-sft": "Flow-OPD from SFT"}.get(name, "GRPO, second run"), task, str(at[-1][0]), f"{at[-1][1]:.2f}",
-                          *((str(it), f"{spent / 1e3:.0f}", f"{spent / whole:.1%}", "-" if math.isnan(pace) else f"{it * pace:.0f}") if it is not None else ("not reached", "-", "-", "-"))])
-    return grid(["run", "task", "iterations in all", "part of the gain at the end", "iterations to 0.95", "thousand passes", f"of the teachers' {whole / 1e3:.0f}", "seconds"], lines)
+            it, (end, part, _) = reached(at), at[-1]
+            line = [{"opd-merge": "Flow-OPD from merge", "opd-sft": "Flow-OPD from SFT"}.get(name, "GRPO, second run"), task, str(end), f"{part:.2f}"]
+            if it is None:
+                lines.append([*line, "not reached", "-", "-", "-"])
+                continue
+            spent = passes(plan[name]) / end * it + cold
+            seconds = f"{it * np.mean([r['s/it, median'] for r in runs]):.0f}" if all(r["timed alone"] for r in runs) else "-"
+            lines.append([*line, str(it), f"{spent / 1e3:.0f}", f"{spent / whole:.1%}", seconds])
+    return grid(["run", "task", "iterations in all", "part of the gain at the end", "iterations to 0.95", "thousand passes",
+                 f"of the teachers' {whole / 1e3:.0f}", "seconds"], lines)
 
 
 def tables(out):
     """results/reproduce.md and the README's tables, from the results in the folder out."""
     found, file = collect(out), Path(out) / "fixed-states.json"
     kls = json.loads(file.read_text()) if file.exists() else {}
-    made = {"main": main_table(found, kls), "share": share_table(found), "minus": difference_table(found), "cost": cost_table(found), "half": ablation_table(found, kls)}
-    title = {"main": "Main table", "share": "Part of the teachers' gains", "minus": "Differences, seed by seed", "cost": "Cost", "half": "Half of the budget: scores minus the default's, or lam0's, seed by seed; the last four columns are the run's own"}
+    made = {"main": main_table(found, kls), "share": share_table(found), "minus": difference_table(found), "cost": cost_table(found),
+            "half": ablation_table(found, kls)}
+    headings = {"main": "Main table", "share": "Part of the teachers' gains", "minus": "Differences, seed by seed", "cost": "Cost",
+                "half": "Half of the budget: scores minus the default's, or lam0's, seed by seed; the last four columns are the run's own"}
     text = ("Mean and 95% interval over seeds (Student's t; a number alone is one seed). Held-out prompts, 600 images a task and seed.\n"
-            "Made by `python reproduce.py --tables`.\n" + "".join(f"\n## {title[key]}\n\n{table}\n" for key, table in made.items()))
+            "Made by `python reproduce.py --tables`.\n" + "".join(f"\n## {headings[key]}\n\n{table}\n" for key, table in made.items()))
     util.write_atomic(f"{out}.md", text)
     readme = Path("README.md").read_text()
     for key, table in made.items() if out == Config.out else ():
@@ -514,7 +534,8 @@ def main(cfg):
         raise ValueError(f"--ranks {cfg.ranks}: expected 1 or 2, what the tiny world's batches divide by")
     if cfg.tables or cfg.plot:
         return tables(cfg.out) if cfg.tables else plot(cfg.out)
-    todo = {name: job for name, job in plan.items() if (not cfg.parts or job["part"] in cfg.parts) and (not cfg.only or name in cfg.only) and not (out / f"{name}.json").exists()}
+    todo = {name: job for name, job in plan.items()
+            if (not cfg.parts or job["part"] in cfg.parts) and (not cfg.only or name in cfg.only) and not (out / f"{name}.json").exists()}
     made = {f"runs/rep-{name}/" for name, job in todo.items() if job["command"]}
     for name, job in todo.items():                         # results travel with the repo, runs/ does not
         for path in [c.split("=")[1] for c in job["ckpts"]] + job["command"]:

@@ -16,8 +16,9 @@ JOBS = reproduce.jobs(reproduce.Config())
 
 
 @pytest.mark.parametrize("command, iters", [
-    ("train_opd.py --batch 16 --updates 2", 1), ("train_opd.py --batch 16 --updates 2 --lam 0 --blend 0.1", 1), ("train_opd.py --batch 16 --updates 1 --rollout ode", 1),
-    ("train_opd.py --batch 16 --updates 1 --noisy 0 8 --extrapolate 1.25", 1), ("train_opd.py --batch 16 --updates 1 --rollout ode --objective velocity --one --steps 16 --noisy 0 1", 1),
+    ("train_opd.py --batch 16 --updates 2", 1), ("train_opd.py --batch 16 --updates 2 --lam 0 --blend 0.1", 1),
+    ("train_opd.py --batch 16 --updates 1 --rollout ode", 1), ("train_opd.py --batch 16 --updates 1 --noisy 0 8 --extrapolate 1.25", 1),
+    ("train_opd.py --batch 16 --updates 1 --rollout ode --objective velocity --one --steps 16 --noisy 0 1", 1),
     ("train_grpo.py --tasks ocr --batch 24", 1), ("train_sft.py --samples 10 --batch 4", 2)])
 def test_passes_are_what_the_network_was_asked_for(command, iters, tmp_path, monkeypatch):
     """Every image that goes through the transformer, three times where a backward pass follows."""
@@ -91,7 +92,7 @@ def written(tmp_path, monkeypatch):
                 "half-velocity-lam0": result("half-velocity-lam0", seed, 0.1 * seed + 0.03, 0.5, 0.5)}
         for name, r in made.items():
             (out / f"{name}-s{seed}.json").write_text(json.dumps(r))
-        shots = {"50": result("opd-merge", seed, 0.3, 0.79, 0.99)["table: mean, standard error, n"], "70": result("opd-merge", seed, 0.2, 0.4, 0.6)["table: mean, standard error, n"]}
+        shots = {it: result("opd-merge", seed, *at)["table: mean, standard error, n"] for it, at in (("50", (0.3, 0.79, 0.99)), ("70", (0.2, 0.4, 0.6)))}
         (out / f"curve-opd-merge-s{seed}.json").write_text(json.dumps({"part": "curves", "iteration -> table": shots}))
     (tmp_path / "README.md").write_text("before\n<!-- reproduce: share -->\nold\n<!-- end -->\nafter\n")
     return tmp_path
@@ -128,9 +129,11 @@ def test_cost_is_counted_to_the_snapshot_from_which_on_all_have_95_percent(writt
     for seed in range(3):
         found["curve-opd-merge"][seed]["iteration -> table"] = snapshots
         found["opd-merge"][seed]["table: mean, standard error, n"] |= {task: [1.0] for task in reproduce.TASKS}
-    assert any(line.startswith("| Flow-OPD from merge | all three | 100 | ") and "| 50 | 106 | 5.1% | 100 |" in line for line in reproduce.cost_table(found).splitlines())      # 50 * 64 * 33 passes of 2083 thousand, 50 * 2 s
+    lines = reproduce.cost_table(found).splitlines()       # 50 * 64 * 33 passes of 2083 thousand, 50 * 2 s
+    assert any(line.startswith("| Flow-OPD from merge | all three | 100 | ") and "| 50 | 106 | 5.1% | 100 |" in line for line in lines)
     found |= {"opd-sft": found["opd-merge"], "curve-opd-sft": found["curve-opd-merge"], "sft": found["merge"]}
-    assert any(line.startswith("| Flow-OPD from SFT | all three |") and "| 50 | 203 | 9.8% |" in line for line in reproduce.cost_table(found).splitlines())     # and SFT's 98 thousand
+    lines = reproduce.cost_table(found).splitlines()       # and SFT's 98 thousand
+    assert any(line.startswith("| Flow-OPD from SFT | all three |") and "| 50 | 203 | 9.8% |" in line for line in lines)
 
 
 def test_tables_go_between_the_readmes_marks_and_nowhere_else(written):
