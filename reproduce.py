@@ -57,7 +57,7 @@ class Config:
     parts: list[str] = field(default_factory=list)         # main, cost, seesaw, mar, cold, objectives, states, beyond, curves, fixed (default: all)
     only: list[str] = field(default_factory=list)          # jobs by name, e.g. half-lam0-s1 (default: all of the parts)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])      # of everything in stage 2
-    grpo_seeds: list[int] = field(default_factory=lambda: [0])       # of the long GRPO runs and the two that only check a rate
+    grpo_seeds: list[int] = field(default_factory=lambda: [0])       # of the long GRPO runs on several rewards (0 1 2: three hours more)
     ranks: int = 2                                         # processes
     compile: bool = False                                  # torch.compile in training (needs a C++ compiler): 1.5 times as fast on two CPU cores
     alone: bool = False                                    # nothing else runs on this machine, so that seconds mean something
@@ -105,8 +105,9 @@ def jobs(cfg):
             "mix-small": mix(BUDGET / GRPO_PASSES),
             "mix-whole": mix(whole),
             "mix-whole-group": mix(whole) + ["--adv-std", "group"],
-            "opd-second": ["train_opd.py", "--teachers", *SECOND.values(), "--anchor", "quality", "--iters", 100],
-            "base": "base", **TEACHERS, **SECOND, "merge": "runs/rep-opd-merge-s{seed}/init.pt"},         # nothing to train
+            "opd-second": ["train_opd.py", "--teachers", *SECOND.values(), "--anchor", "quality", "--iters", 100, "--keep", 5],
+            "base": "base", **TEACHERS, **SECOND,          # nothing to train
+            "merge": "runs/rep-opd-merge-s{seed}/init.pt", "merge-second": "runs/rep-opd-second-s{seed}/init.pt"},
         "seesaw": {
             "mix-group": mix(BUDGET / GRPO_PASSES) + ["--adv-std", "group"],         # a task whose rewards differ little weighs as much as others
             "mix-geneval-ocr": mix(48000, ("geneval", "ocr"))},
@@ -123,13 +124,15 @@ def jobs(cfg):
         "objectives": {                                    # without the anchor, whose weight beside the loss would differ from objective to objective
             "half-velocity-lam0": half(*plain, *alone, passes=28),
             "half-released-lam0": half("--objective", "released", *no_clip, *alone, passes=28),
+            "half-slow-lam0": half(*alone, *slow, passes=28),
             "half-pg-dense-slow-lam0": half(*pg, *no_clip, *alone, *slow, passes=28),
             "half-pg-dense-future-slow-lam0": half(*pg, *future, *no_clip, *alone, *slow, passes=28),
             "half-pg-sampled-slow-lam0": half(*pg, *sampled, *no_clip, *alone, *slow, passes=28),
             "half-pg-sampled-future-slow-lam0": half(*pg, *sampled, *future, *no_clip, *alone, *slow, passes=28),
             "half-pg-dense-lam0": half(*pg, *no_clip, *alone, passes=28),                    # these two: what the default's rate does to them
             "half-pg-sampled-lam0": half(*pg, *sampled, *no_clip, *alone, passes=28),
-            "half-paper": half(*pg, "--updates", 1)},      # as printed: with the anchor, and the ratio is 1, so inside the clip range
+            "half-paper": half(*pg, "--updates", 1),       # as printed: with the anchor, and the ratio is 1, so inside the clip range
+            "half-paper-slow": half(*pg, "--updates", 1, *slow)},
         "states": {
             "half-cps": half("--rollout", "cps"),
             "half-ode": half(*ode, "--supervised", 0, 5),  # the default's states but for the noise
@@ -144,14 +147,15 @@ def jobs(cfg):
             "curve-ocr-again": (25, 50, 100, 150, 200),
             "curve-geneval-again": (25, 50, 100, 150, 200, 225),
             "curve-opd-merge": (25, 50, 75),
+            "curve-opd-second": (25, 50, 75),
             "curve-opd-sft": (25, 50, 75)},
     }
     found = {}
     for part, named in plan.items():
         for name, what in named.items():
-            again = name.endswith("again")
-            once = again or name in ("mix-whole", "mix-whole-group", "mix-group", "mix-geneval-ocr", "half-pg-dense-lam0", "half-pg-sampled-lam0")
-            for seed in [s + again for s in cfg.grpo_seeds] if once else cfg.seeds:
+            again, rate = name.endswith("again"), name in ("half-pg-dense-lam0", "half-pg-sampled-lam0")
+            grpo = name in ("mix-whole", "mix-whole-group", "mix-group", "mix-geneval-ocr")
+            for seed in [1] if again else [0] if rate else cfg.grpo_seeds if grpo else cfg.seeds:
                 run, job = f"rep-{name}-s{seed}", {"part": part, "seed": seed, "command": [], "seconds": SECONDS["eval"]}
                 if isinstance(what, list):                 # a command: train, then evaluate
                     of = "adapter" if what[0] == "train_grpo.py" else "student"
@@ -338,7 +342,7 @@ def grid(header, rows):
 
 ROWS = {"base": "base", "geneval": "teacher `geneval`", "ocr": "teacher `ocr`", "quality": "teacher `quality`",
         "geneval-second": "`geneval`, a second run", "ocr-second": "`ocr`, a second run", "quality-second": "`quality`, a second run",
-        "merge": "merge of the three", "sft": "SFT on teachers' pictures (the cold start)", "sft-equal": "SFT, distillation's compute",
+        "merge": "merge of the three", "merge-second": "merge of the second runs", "sft": "SFT on teachers' pictures (the cold start)", "sft-equal": "SFT, distillation's compute",
         "mix-geneval-ocr": "GRPO-Mix of GenEval and OCR",
         "mix-small": "GRPO-Mix, distillation's compute", "mix-group": "the same, `--adv-std group`",
         "mix-whole": "GRPO-Mix, compute of teachers + distillation", "mix-whole-group": "the same, `--adv-std group`",
@@ -418,11 +422,12 @@ def ablation_table(found, kls):
 def curve(found, name):
     """Run NAME's part of the teacher's gain on the way: {task: [(iteration, ratio over seeds, half width)]}, from iteration 0 to its end.
 
-    A GRPO run's own end is its 1; a distilled student is measured by the shipped teachers that taught it.
+    A GRPO run's own end is its 1; a distilled student is measured by the teachers that taught it.
     """
     shots, points = found[f"curve-{name}"], {}
     for task in [name.split("-")[0]] if name.endswith("again") else TASKS:
-        start, goal = {"opd-merge": ("merge", task), "opd-sft": ("sft", task)}.get(name, ("base", name))
+        start = {"opd-merge": "merge", "opd-second": "merge-second", "opd-sft": "sft"}.get(name, "base")
+        goal = name if start == "base" else teachers_of(name)[task]
         seeds = [s for s in shots if all(s in found.get(of, ()) for of in (start, goal, "base", name))]
         scored = {0: [scores(found[start][s], task) for s in seeds], found[name][min(shots)]["iterations"]: [scores(found[name][s], task) for s in seeds]}
         for it in next(iter(shots.values()))["iteration -> table"]:
@@ -447,22 +452,23 @@ def cost_table(found):
     whole, lines, again = sum(passes(plan[f"{task}-again"]) for task in TASKS), [], [r for task in TASKS for r in found.get(f"{task}-again", {}).values()]
     if len(again) == 3:
         seconds = sum(r["s/it, median"] * r["iterations"] for r in again)
-        lines.append(["GRPO, second runs", "all three, to their ends", "", "1.00", "", f"{whole / 1e3:.0f}", "100.0%", f"{seconds:.0f}"])
-    for name in ("geneval-again", "ocr-again", "quality-again", "opd-merge", "opd-sft"):
+        lines.append(["GRPO, second runs", "all three, to their ends", "", "1.00", "", "", f"{whole / 1e3:.0f}", "100.0%", f"{seconds:.0f}"])
+    for name in ("geneval-again", "ocr-again", "quality-again", "opd-merge", "opd-second", "opd-sft"):
         points = curve(found, name) if f"curve-{name}" in found else {}
         if len(points) > 1:
-            points["all three"] = [(one[0], min(points[task][k][1] for task in TASKS), 0) for k, one in enumerate(points[TASKS[0]])]
+            points["all three"] = [(one[0], *min(points[task][k][1:] for task in TASKS)) for k, one in enumerate(points[TASKS[0]])]        # the one that has least
         runs, cold = list(found.get(name, {}).values()), passes(plan["sft"]) if name == "opd-sft" else 0
         for task, at in points.items():
             it, (end, part, _) = reached(at), at[-1]
-            line = [{"opd-merge": "Flow-OPD from merge", "opd-sft": "Flow-OPD from SFT"}.get(name, "GRPO, second run"), task, str(end), f"{part:.2f}"]
+            line = [title(name).replace("**", "") if name in ROWS else "GRPO, second run", task, str(end), f"{part:.2f}"]
             if it is None:
-                lines.append([*line, "not reached", "-", "-", "-"])
+                lines.append([*line, "not reached", "-", "-", "-", "-"])
                 continue
             spent = passes(plan[name]) / end * it + cold
             seconds = f"{it * np.mean([r['s/it, median'] for r in runs]):.0f}" if all(r["timed alone"] for r in runs) else "-"
-            lines.append([*line, str(it), f"{spent / 1e3:.0f}", f"{spent / whole:.1%}", seconds])
-    return grid(["run", "task", "iterations in all", "part of the gain at the end", "iterations to 0.95", "thousand passes",
+            there = next(show(mean, half_width, ".2f") for k, mean, half_width in at if k == it)
+            lines.append([*line, str(it), there, f"{spent / 1e3:.0f}", f"{spent / whole:.1%}", seconds])
+    return grid(["run", "task", "iterations in all", "part of the gain at the end", "iterations to 0.95", "part there", "thousand passes",
                  f"of the teachers' {whole / 1e3:.0f}", "seconds"], lines)
 
 
