@@ -11,7 +11,7 @@ seed are compared image by image) and on training prompts (150 a task, to choose
 command, seed, commit and seconds. Jobs that are there are not run again: the repo's folder is full, so give --out another one to run all afresh. The shipped
 teachers (ckpt/) teach. Seconds in the cost table are from runs with --alone.
 
-Parts: main (the table), cost (the teachers again, with snapshots), seesaw, and at half of the budget mar, cold, objectives, states, beyond; then curves
+Parts: main (the table), cost (the teachers again, with snapshots, and students of theirs), seesaw, and at half of the budget mar, cold, objectives, states, beyond; then curves
 (snapshots of main and cost, evaluated) and fixed (KL to the teachers at the same states for all).
 
 Compute is counted in forward passes of the network for one image, a backward pass as two; scoring and the VAE are left out. GRPO: 8 rollout steps
@@ -43,7 +43,7 @@ from sampler import draw_noise, encode, gaussian_kl, rollout, schedule, sde_step
 ROOT = Path(__file__).parent
 TEACHERS = {"geneval": "ckpt/geneval.pt", "ocr": "ckpt/ocr.pt", "quality": "ckpt/quality.pt"}
 TASKS = tuple(TEACHERS)
-SECOND = {f"{task}-second": f"runs/rep-{task}-again-s1/adapter.pt" for task in TASKS}       # other teachers: the part cost makes them
+SECOND = {f"{task}-second": f"runs/rep-{task}-again-s1/adapter.pt" for task in TASKS}       # second teachers: the part cost makes them
 PARTS = ["main", "cost", "seesaw", "mar", "cold", "objectives", "states", "beyond", "curves", "fixed"]
 HELD_OUT, TRAIN = "table: mean, standard error, n", "on training prompts (to choose settings by)"      # keys of a result
 GRPO_PASSES, BUDGET = 28, 100 * 64 * 33                    # of distillation with its defaults: 100 iterations of 64 images
@@ -57,7 +57,7 @@ class Config:
     parts: list[str] = field(default_factory=list)         # main, cost, seesaw, mar, cold, objectives, states, beyond, curves, fixed (default: all)
     only: list[str] = field(default_factory=list)          # jobs by name, e.g. half-lam0-s1 (default: all of the parts)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])      # of everything in stage 2
-    grpo_seeds: list[int] = field(default_factory=lambda: [0])       # of the long GRPO runs on several rewards (0 1 2: three hours more)
+    grpo_seeds: list[int] = field(default_factory=lambda: [0])       # of GRPO on several rewards (0 1 2: two hours more)
     ranks: int = 2                                         # processes
     compile: bool = False                                  # torch.compile in training (needs a C++ compiler): 1.5 times as fast on two CPU cores
     alone: bool = False                                    # nothing else runs on this machine, so that seconds mean something
@@ -96,7 +96,9 @@ def jobs(cfg):
         "cost": {                                          # the teachers once more, with another seed and snapshots on the way
             "quality-again": ["train_grpo.py", "--tasks", "quality", "--iters", 50, "--keep", 5],
             "ocr-again": ["train_grpo.py", "--tasks", "ocr", "--iters", 225, "--keep", 25],
-            "geneval-again": ["train_grpo.py", "--tasks", "geneval", "--batch", 192, "--lr", "2e-3", "--iters", 250, "--keep", 25]},
+            "geneval-again": ["train_grpo.py", "--tasks", "geneval", "--batch", 192, "--lr", "2e-3", "--iters", 250, "--keep", 25],
+            "opd-second": ["train_opd.py", "--teachers", *SECOND.values(), "--anchor", "quality", "--iters", 100, "--keep", 5],      # and students of theirs
+            **SECOND, "merge-second": "runs/rep-opd-second-s{seed}/init.pt"},
         "main": {
             "opd-merge": opd("--keep", 5),
             "sft": ["train_sft.py", "--teachers", *TEACHERS.values(), *r48],
@@ -105,9 +107,7 @@ def jobs(cfg):
             "mix-small": mix(BUDGET / GRPO_PASSES),
             "mix-whole": mix(whole),
             "mix-whole-group": mix(whole) + ["--adv-std", "group"],
-            "opd-second": ["train_opd.py", "--teachers", *SECOND.values(), "--anchor", "quality", "--iters", 100, "--keep", 5],
-            "base": "base", **TEACHERS, **SECOND,          # nothing to train
-            "merge": "runs/rep-opd-merge-s{seed}/init.pt", "merge-second": "runs/rep-opd-second-s{seed}/init.pt"},
+            "base": "base", **TEACHERS, "merge": "runs/rep-opd-merge-s{seed}/init.pt"},         # nothing to train
         "seesaw": {
             "mix-group": mix(BUDGET / GRPO_PASSES) + ["--adv-std", "group"],         # a task whose rewards differ little weighs as much as others
             "mix-geneval-ocr": mix(48000, ("geneval", "ocr"))},
@@ -546,7 +546,9 @@ def main(cfg):
     for name, job in todo.items():                         # results travel with the repo, runs/ does not
         for path in [c.split("=")[1] for c in job["ckpts"]] + job["command"]:
             if str(path).startswith("runs/") and not Path(path).exists() and not any(path.startswith(folder) for folder in made):
-                raise ValueError(f"{name} needs {path}, of a job whose result is in {out} already: delete that result, or choose another --out, to run it again")
+                of = Path(path).parts[1].removeprefix("rep-")
+                raise ValueError(f"{name} needs {path}, of {of}" + (f", whose result is in {out} already: delete that, or choose another --out, to run it again"
+                                 if (out / f"{of}.json").exists() else f": run that too (part {plan[of]['part']})" if of in plan else ": run that too, with its seed"))
     left, begun, failed = sum(job["seconds"] for job in todo.values()), time.time(), []
     print(f"{len(todo)} jobs to run, about {left / 3600:.1f} hours on two cores")
     for name, job in todo.items():

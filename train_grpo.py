@@ -97,7 +97,7 @@ def ppo_loss(logp, logp_old, adv, clip):
 
 def check(cfg, world_size, world):
     """All that can be known to be wrong before any time is spent."""
-    util.positive(cfg, "iters", "batch", "group", "steps", "a", "lora_r", "lora_alpha", "lr", "updates", "micro", "save_every")
+    util.positive(cfg, "iters", "batch", "group", "steps", "a", "lora_r", "lora_alpha", "lr", "updates", "micro", "save_every", "clip")
     for task in cfg.tasks:
         if task not in world.TASKS:
             raise ValueError(f"--tasks {task}: unknown task; this model's world has {', '.join(world.TASKS)}")
@@ -110,8 +110,6 @@ def check(cfg, world_size, world):
         raise ValueError(f"--ratio {cfg.ratio}: expected whole numbers of at least 1")
     if cfg.group < 2:
         raise ValueError(f"--group {cfg.group}: an advantage compares images of one prompt, so at least 2 are needed")
-    if cfg.beta < 0 or cfg.clip <= 0:
-        raise ValueError(f"--beta {cfg.beta} --clip {cfg.clip}: expected beta >= 0 and clip > 0")
     if not cfg.reward and not set(cfg.tasks) <= set(world.REWARD):
         own = [task for task in cfg.tasks if task not in world.REWARD]
         raise ValueError(f"--tasks {' '.join(cfg.tasks)}: {', '.join(own)} has no reward of its own; expected --reward, one a task")

@@ -25,17 +25,19 @@ the teacher's is p_T with the same variance, and D = KL(p_S || p_T) = w |v_S - v
 
 Why. (1) E[grad log p_S(x_next|x)] = grad of the integral of p_S = grad 1 = 0, so what does not depend on x_next, as D(x), is multiplied with 0 on
 average. (2) grad D = grad E[log p_S - log p_T] = E[(log p_S - log p_T) grad log p_S] + E[grad log p_S], and the last is 0: the sampled form. (3) A
-trajectory's log ratio is the sum over its steps; past steps' are constants to the later action, so of the sum only this and later steps' stay. Taking the
-expectation of each later one at its own state turns it into D there: dense and future, plus grad D at this state itself. (4) w = dt / 2 (sigma_t (1 - t) / (2 t)
+trajectory's log ratio is the sum over its steps; past steps' are constants to the later action, so of the sum only this and later steps' stay: the KL of
+the window, given the state it starts from. Taking the expectation of each later one at its own state turns it into D there: dense and future, plus grad D
+at this state itself. (4) w = dt / 2 (sigma_t (1 - t) / (2 t)
 + 1 / sigma_t)^2 with sigma_t = a sqrt(t / (1 - t)): as the noise a goes to 0, w -> dt (1 - t) / (2 a^2 t). An ODE rollout has no density, but its states can
 be weighed like that (here: with the SDE's w at --a). Either way w grows hundreds of times towards the last step, and so does its say in the sum.
-(5) All numbers here are averages over the N latent elements, so a pg's product of two of them has 1/N of the gradient above: the same direction, but beside
-it --lam weighs N times as much; beside velocity it weighs w times, beside released 1 / dt times what it does beside kl.
+(5) All numbers here are averages over the N latent elements, so a pg's product of two of them has 1/N of the gradient above, and of that 1 - 1/G is left by
+the group's mean (a baseline, not in the paper's text; --group 1 is without): the same direction, but beside it --lam weighs N / (1 - 1/G) times as much;
+beside velocity it weighs w times, beside released 1 / dt times what it does beside kl.
 tests/test_objectives.py shows all this on a linear-Gaussian policy, where every expectation is known.
 
 --init, the cold start: merge (the exact average of the teachers), truncate (that, cut to --lora-r), factors (A and B averaged apart, as released), none (the
 base), or a checkpoint such as train_sft.py's. --match: the guided outputs of both; both their branches, with and without the prompt; or fold, the
-student's conditional branch with the teacher's guided output, so that the student then needs no guidance.
+student's conditional branch with the teacher's guided output, so that the student then needs no guidance (eval.py --guidance 1).
 
 Papers: Flow-OPD arXiv 2605.08063; sampled: Thinking Machines 2025; closed form: DiffusionOPD arXiv 2605.15055; one state, velocity: DanceOPD arXiv
 2606.27377; both branches: PDM arXiv 2607.24731; folding, extrapolation: GFD-OPD (2026).
@@ -69,7 +71,7 @@ class Config:
     objective: Literal["kl", "velocity", "pg", "released"] = "kl"        # the per-step loss, see above
     reward: Literal["dense", "sampled"] = "dense"                        # for pg: of a step
     credit: Literal["step", "future"] = "step"                           # for pg: a step's own reward, or that of all supervised later steps too
-    clip: float = 1e-4                                                   # for pg and released: PPO's clip range
+    clip: float = 1e-4                                                   # for pg and released: PPO's clip range (look at clip_frac if there are --updates)
     match: Literal["guided", "branches", "fold"] = "guided"              # which outputs of student and teacher (see above)
     extrapolate: float = 1.0                                             # target = base + this * (teacher - base): beyond the teacher if above 1
     blend: float = 0.0                                                   # target = (1 - this) * own teacher + this * mean of the others: 0 is hard routing
@@ -85,8 +87,8 @@ class Config:
     rollout: Literal["sde", "cps", "ode"] = "sde"                        # how noise is added; ode: not at all
     a: float = 0.7                                                       # noise level
     guidance: float = 1.0                                                # w, in rollouts, student and teachers alike
-    lora_r: int | None = None                                            # LoRA rank of the student, for --init none (a merge's ranks add up)
-    lora_alpha: float | None = None                                      # LoRA scale is alpha / r, for --init none
+    lora_r: int | None = None                                            # LoRA rank of the student, for --init none and truncate (a merge's ranks add up)
+    lora_alpha: float | None = None                                      # LoRA scale is alpha / r, for --init none and truncate
     full: bool = False                                                   # the student is a whole transformer instead of an adapter
     lr: float = 3e-3                                                     # AdamW, decays linearly to zero
     updates: int = 4                                                     # optimiser steps a rollout, each on its share of the batch
@@ -147,7 +149,7 @@ def pg(v, v_target, s, cfg):
 
 def released(v, v_target, s, cfg):
     """The same with A = -D of this very forward, through which the gradient flows too: grad D plus noise. As released, D is divided by sigma_t^2
-    instead of sigma_t^2 dt, and is (B, 1) beside a ratio (B,): so each image gets the mean of its micro-batch."""
+    instead of sigma_t^2 dt, and is (B, 1) beside a ratio (B,): so each image gets the mean of its micro-batch, and --micro is part of the loss."""
     ratio = (log_prob(s.x_next, *gaussian(v, s)) - s.logp).exp()
     A = -(kl(v, v_target, s) * (s.t - s.t_next))[:, None]
     return -torch.min(ratio * A, ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * A).mean(0)
@@ -166,7 +168,8 @@ def step_reward(v, v_target, s, cfg):
 def credited(reward, group, credit):
     """reward (B, S), steps in order -> adv (B, S): each step's own, or the sum of its own and all later ones; less the mean of the group at that step.
 
-    The group's mean is a baseline: the other trajectories' part of it changes nothing on average, its own 1/G shrinks the gradient by 1 - 1/G.
+    The group's mean is a baseline: the other trajectories' part of it changes nothing on average, its own 1/G shrinks the gradient to 1 - 1/G of it.
+    With --one the group's states are at different steps: a baseline still, and a worse one.
     """
     adv = reward.flip(1).cumsum(1).flip(1) if credit == "future" else reward
     return adv - adv.view(-1, group, adv.shape[1]).mean(1).repeat_interleave(group, 0) if group > 1 else adv
@@ -230,8 +233,8 @@ def check(cfg, world_size, world):
         util.positive(cfg, "lora_r", "lora_alpha")
     elif cfg.lora_r is not None or cfg.lora_alpha is not None:
         raise ValueError(f"--lora-r {cfg.lora_r} --lora-alpha {cfg.lora_alpha}: are for an adapter from --init none or truncate; others keep the rank they have")
-    if cfg.lam < 0 or not 0 <= cfg.blend < 1:
-        raise ValueError(f"--lam {cfg.lam} --blend {cfg.blend}: expected lam of 0 (no anchor) or more, and 0 <= blend < 1")
+    if cfg.blend >= 1:
+        raise ValueError(f"--blend {cfg.blend}: the part of the other teachers in the target; expected 0 <= blend < 1")
     cfg.supervised = cfg.supervised or (list(cfg.noisy) if cfg.rollout != "ode" else [0, cfg.steps])
     util.check_rollout(cfg, world_size)
     if len(cfg.supervised) != 2 or not 0 <= cfg.supervised[0] < cfg.supervised[1] <= cfg.steps:
@@ -244,7 +247,8 @@ def check(cfg, world_size, world):
             (gradient and cfg.match == "branches", f"--objective {cfg.objective} --match branches: the density is of the guided output, not of its branches"),
             (cfg.match != "guided" and cfg.guidance == 1, f"--match {cfg.match} --guidance 1: without guidance there is one branch, nothing to match or fold"),
             (cfg.objective != "pg" and (cfg.reward, cfg.credit) != ("dense", "step"), f"--reward {cfg.reward} --credit {cfg.credit}: are for --objective pg"),
-            (cfg.credit == "future" and cfg.one, "--credit future --one: there are no later supervised steps to credit"),
+            (cfg.credit == "future" and (cfg.one or cfg.supervised[1] - cfg.supervised[0] == 1),
+             f"--credit future --one {cfg.one} --supervised {cfg.supervised}: there are no later supervised steps to credit"),
             (cfg.rollout == "cps" and cfg.supervised[1] == cfg.steps, f"--rollout cps --supervised {cfg.supervised}: its last step has no noise, so no KL")):
         if nonsense:
             raise ValueError(reason)
@@ -260,7 +264,7 @@ def main(cfg):
     ratio = read_ratio(cfg.ratio, teachers, world.RATIO)
     pattern = [task for task, n in ratio.items() for _ in range(n)]
     check_prompts(world, set(pattern))
-    folder, names, objective = Path("runs") / cfg.name, list(teachers), OBJECTIVES[cfg.objective]
+    folder, names, objective, surrogate = Path("runs") / cfg.name, list(teachers), OBJECTIVES[cfg.objective], cfg.objective in ("pg", "released")
 
     # Teachers and anchor: adapters on one frozen base (or whole transformers beside it). The student: one more adapter, from a cold start;
     # with --full a whole transformer of its own.
@@ -349,7 +353,7 @@ def main(cfg):
         adv = credited(reward, cfg.group, cfg.credit)
 
         # 4. Update: pull each supervised step of each trajectory towards its teacher's, and a little towards the anchor's.
-        kls, mar, grad_norm = torch.zeros(shape, device=device), torch.zeros(shape, device=device), 0.0
+        kls, mar, ratios, grad_norm = torch.zeros(shape, device=device), torch.zeros(shape, device=device), torch.ones(shape, device=device), 0.0
         for group in opt.param_groups:
             group["lr"] = cfg.lr * (1 - it / cfg.iters)
         for part in minibatches:
@@ -364,17 +368,21 @@ def main(cfg):
                         loss, mar[i, j] = loss + cfg.lam * kl_anchor, kl_anchor.detach()
                     (loss.sum() / (images // cfg.updates * S)).backward()                                    # DDP averages over ranks
                 kls[i, j] = kl(v.detach(), v_target[i, j], s)
+                if surrogate:
+                    ratios[i, j] = (log_prob(s.x_next, *gaussian(v.detach(), s)) - s.logp).exp()
             grad_norm = util.clip(params)
             util.finite(grad_norm, it)
             opt.step()
             opt.zero_grad()
 
         # 5. Log and save.
-        kls, mar, routed = util.gather(kls), util.gather(mar), util.gather(routed)
+        kls, mar, routed, off = util.gather(kls), util.gather(mar), util.gather(routed), (util.gather(ratios) - 1).abs()
+        first_update = util.gather(torch.arange(images, device=device)) < images // cfg.updates
         by_task = {f"kl_{name}": kls[routed == n].mean().item() for n, name in enumerate(names) if (routed == n).any()}
+        clipped = {"ratio_err": off[first_update].max().item(), "clip_frac": (off > cfg.clip).float().mean().item()} if surrogate else {}
         seconds = time.time() - start
         log({"iter": it + 1, "kl": kls.mean().item(), **by_task, "kl_first": kls[:, 0].mean().item(), "kl_last": kls[:, -1].mean().item(),
-             "kl_anchor": mar.mean().item(), "grad_norm": grad_norm, "s/it": seconds, "images/s": cfg.batch / seconds})
+             "kl_anchor": mar.mean().item(), **clipped, "grad_norm": grad_norm, "s/it": seconds, "images/s": cfg.batch / seconds})
         if cfg.keep and (it + 1) % cfg.keep == 0:
             save(f"student-{it + 1}")
         if (it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters:

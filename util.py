@@ -86,10 +86,10 @@ def run(main, cls, **how):
 
 
 def positive(cfg, *names):
-    """ValueError unless each of these options is greater than 0."""
-    for name in names:
-        if not getattr(cfg, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected a number greater than 0")
+    """ValueError unless these options are greater than 0, and all other numbers finite and not negative."""
+    for name, value in vars(cfg).items():
+        if isinstance(value, (int, float)) and not (0 < value < math.inf or value == 0 and name not in names):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a finite number {'greater than 0' if name in names else 'of 0 or more'}")
 
 
 def check_rollout(cfg, world_size):
@@ -98,8 +98,10 @@ def check_rollout(cfg, world_size):
     if cfg.batch % unit:
         raise ValueError(f"--batch {cfg.batch} with --group {cfg.group}, {world_size} rank(s) and --updates {cfg.updates}: groups are never split, "
                          f"so the batch must be a multiple of {unit}")
-    if len(cfg.noisy) != 2 or not 0 <= cfg.noisy[0] < cfg.noisy[1] <= cfg.steps:
+    if cfg.rollout != "ode" and (len(cfg.noisy) != 2 or not 0 <= cfg.noisy[0] < cfg.noisy[1] <= cfg.steps):
         raise ValueError(f"--noisy {cfg.noisy}: expected FROM TO with 0 <= FROM < TO <= --steps {cfg.steps}")
+    if cfg.rollout == "cps" and cfg.a > 1:
+        raise ValueError(f"--a {cfg.a} --rollout cps: expected 1 or less; std = t_next sin(a pi / 2), and at 1 all noise is new")
     if cfg.rollout == "cps" and cfg.noisy[1] == cfg.steps:
         raise ValueError(f"--noisy {cfg.noisy} --rollout cps: the last CPS step has no noise and so no density; end at {cfg.steps - 1}")
 

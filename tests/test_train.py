@@ -1,5 +1,6 @@
 """Facts about the two training scripts and the evaluation, on the shipped base with a few images."""
 import ast
+import dataclasses
 import inspect
 import json
 import os
@@ -239,6 +240,23 @@ def test_credit_and_the_groups_baseline_reach_the_update(here, teachers):
     assert closest(own, tensors("runs/bare/student.pt")) > 0
 
 
+@pytest.mark.parametrize("reward, credit", [("sampled", "future"), ("dense", "step")])
+def test_policy_gradient_gets_each_supervised_steps_own_numbers(here, teachers, monkeypatch, reward, credit):
+    """Before the first update the ratio is 1 at every step, and the advantage is the credited reward of these very steps."""
+    seen = []
+    monkeypatch.setitem(train_opd.OBJECTIVES, "pg", lambda v, v_target, s, cfg: seen.append((v.detach(), v_target, s)) or train_opd.pg(v, v_target, s, cfg))
+    cfg = train_opd.Config(**{**OPD, "iters": 1}, teachers=teachers, objective="pg", reward=reward, credit=credit, lam=0.0, supervised=[1, 4])
+    train_opd.main(cfg)
+    assert [len(s.x) for *_, s in seen] == [8, 8, 8] and all(torch.equal(now.x_next, then.x) for (*_, now), (*_, then) in zip(seen, seen[1:]))
+    for v, _, s in seen:
+        torch.testing.assert_close(train_opd.log_prob(s.x_next, *train_opd.gaussian(v, s)), s.logp)
+    rewards = torch.stack([train_opd.step_reward(v, v_target, s, cfg) for v, v_target, s in seen], 1)
+    torch.testing.assert_close(torch.stack([s.adv for *_, s in seen], 1), train_opd.credited(rewards, 2, credit), rtol=1e-3, atol=1e-6)
+    train_opd.main(dataclasses.replace(cfg, name="two", updates=2))
+    row = log("two")[0]                                    # the second update's ratios are no longer 1
+    assert row["ratio_err"] < 1e-5 and 0 < row["clip_frac"] <= 0.5
+
+
 def test_two_ranks_draw_the_same_single_states(here, teachers):
     args = ["--model", BASE, "--iters", "1", "--steps", "4", "--noisy", "0", "1", "--rollout", "ode", "--objective", "velocity", "--one", "--batch", "8", "--group", "2",
             "--updates", "1", "--device", "cpu", "--teachers", *teachers]
@@ -460,6 +478,9 @@ def bad_files(here):
 REFUSED = [(dict(objective="pg", rollout="ode"), "needs a density at every supervised step"), (dict(objective="released", noisy=[0, 2], supervised=[0, 3]), "needs a density"),
            (dict(objective="pg", match="branches", guidance=2.0), "--match branches: the density is of the guided output"), (dict(match="fold"), "--match fold --guidance 1"),
            (dict(reward="sampled"), "are for --objective pg"), (dict(objective="pg", credit="future", one=True), "no later supervised steps"),
+           (dict(objective="pg", credit="future", supervised=[1, 2]), "no later supervised steps"), (dict(rollout="cps", a=1.5), "--a 1.5 --rollout cps: expected 1 or less"),
+           *[({name: value}, f"--{name} {value}: expected a finite number") for name, value in
+             (("lr", float("inf")), ("lam", float("nan")), ("guidance", -1.0), ("keep", -1), ("seed", -1), ("extrapolate", float("inf")))],
            (dict(rollout="cps", noisy=[0, 3], supervised=[0, 4]), "its last step has no noise"), (dict(blend=1.0), "0 <= blend < 1"),
            (dict(supervised=[3, 9]), "--supervised .*expected FROM TO"), (dict(init="truncate", lora_r=99), "the exact merge has rank 12"),
            (dict(init="factors", full=True), "is about an adapter's factors"), (dict(init="nowhere.pt"), "nowhere.pt: no such file"), (dict(extrapolate=0.0), "--extrapolate 0")]
@@ -490,7 +511,7 @@ BAD = [
     (train_opd, dict(teachers=["good.pt"], lam=-1.0), "--lam -1.0"),
     (train_opd, dict(teachers=["good.pt"], lam=0.0, anchor="ocr"), "--anchor ocr: .*--lam > 0"),
     (train_opd, dict(teachers=["good.pt"], lora_r=4), "are for an adapter from --init none"),
-    (train_opd, dict(teachers=["good.pt"], updates=0), "--updates 0: expected a number greater than 0"),
+    (train_opd, dict(teachers=["good.pt"], updates=0), "--updates 0: expected a finite number greater than 0"),
     (train_opd, dict(teachers=["good.pt"], noisy=[2, 9]), "--noisy"),
     (train_opd, dict(teachers=["nan.pt"]), "nan.pt: .*not a tensor of finite numbers"),
     (train_opd, dict(teachers=["good.pt"], model="nowhere.safetensors"), "nowhere.safetensors"),
@@ -500,7 +521,7 @@ BAD = [
     (train_grpo, dict(tasks=["ocr"], reward=["beauty"]), "got 'beauty'"),
     (train_grpo, dict(tasks=["ocr"], reward=["geneval"]), "--reward geneval does not fit task 'ocr'"),
     (train_grpo, dict(tasks=["quality"], reward=["ocr"]), "--reward ocr does not fit task 'quality'"),
-    (train_grpo, dict(tasks=["ocr"], a=0.0), "--a 0.0: expected a number greater than 0"),
+    (train_grpo, dict(tasks=["ocr"], a=0.0), "--a 0.0: expected a finite number greater than 0"),
     (train_grpo, dict(tasks=["ocr"], ratio=[1, 2]), "--ratio: got 2 values"),
     (train_grpo, dict(tasks=["ocr"], group=3), "--batch 8 with --group 3"),
     (train_grpo, dict(tasks=["ocr"], group=1), "at least 2"),
