@@ -387,7 +387,7 @@ def difference_table(found):
     """Model minus model, seed by seed: same prompts, same noise. A teachers' row (None) takes each task's own. In brackets: one seed, 95% over its images only."""
     lines, whole = [], [(name, other) for other in ("mix-whole", "mix-whole-group") for name in ("opd-merge", "opd-second")]
     for name, other in [("opd-merge", None), ("opd-second", None), ("opd-sft", None), ("half-extrapolate", None), *whole,
-                        ("opd-merge", "mix-small"), ("opd-merge", "sft-equal"), ("opd-merge", "opd-sft")]:
+                        ("opd-merge", "mix-small"), ("opd-merge", "sft-equal"), ("half-none", "sft-equal"), ("opd-merge", "opd-sft")]:
         others = {c: other for c in (*TASKS, "average")} if other else teachers_of(name)
         seeds = [s for s in found.get(name, ()) if all(s in found.get(o, ()) for o in others.values())]
         if not seeds:
@@ -397,7 +397,8 @@ def difference_table(found):
             pairs = [(found[name][s][HELD_OUT][c], found[o][s][HELD_OUT][c]) for s in seeds]             # (mean, standard error, n) each
             over_images = f" (± {1.96 * math.hypot(pairs[0][0][1], pairs[0][1][1]):.3f})"
             cells.append(interval([a[0] - b[0] for a, b in pairs], "+.3f") + (over_images if len(seeds) == 1 else ""))
-        whose = title(name) if name in ROWS else "Flow-OPD from merge, half of the budget, `--extrapolate 1.25`,"
+        whose = {"half-extrapolate": "Flow-OPD from merge, half of the budget, `--extrapolate 1.25`,",
+                 "half-none": "Flow-OPD from the base, half of the budget,"}.get(name) or title(name)
         label = f"{whose} minus {title(other) if other else 'each of its teachers on its own task'}".replace("**", "")
         lines.append([label, str(len(seeds)), *cells] + [""] * (not other))
     return grid(["difference", "seeds", "GenEval", "OCR", "quality", "average"], lines)
@@ -408,7 +409,8 @@ def ablation_table(found, kls):
     lines = []
     for name in (n for n in found if n.startswith("half") or n == "merge"):
         part = next(iter(found[name].values()))["part"] if name != "merge" else "objectives"           # where they start
-        other = {"half": None, "merge": "half-lam0"}.get(name, "half-lam0" if part == "objectives" and name.endswith("lam0") else "half")
+        against_off = part == "mar" or part == "objectives" and name.endswith("lam0")                  # "off": without the anchor
+        other = {"half": None, "merge": "half-lam0", "half-lam0": "half"}.get(name, "half-lam0" if against_off else "half")
         results = {s: r for s, r in found[name].items() if other is None or s in found.get(other, ())}
         cells = [interval([scores(r, c, which) - (scores(found[other][s], c, which) if other else 0) for s, r in results.items()], "+.3f" if other else ".3f")
                  for which, c in [(HELD_OUT, c) for c in (*TASKS, "average")] + [(TRAIN, "average")]]
