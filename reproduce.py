@@ -386,9 +386,11 @@ def share_table(found):
 def difference_table(found):
     """Model minus model, seed by seed: same prompts, same noise. A teachers' row (None) takes each task's own. In brackets: one seed, 95% over its images only."""
     lines, whole = [], [(name, other) for other in ("mix-whole", "mix-whole-group") for name in ("opd-merge", "opd-second")]
-    for name, other in [("opd-merge", None), ("opd-second", None), ("opd-sft", None), ("half-extrapolate", None), *whole,
+    for name, other in [("opd-merge", None), ("opd-second", None), ("opd-sft", None), ("half-extrapolate", None),
+                        ("mix-geneval-ocr", None), ("mix-whole", None), ("mix-whole-group", None), *whole,
                         ("opd-merge", "mix-small"), ("opd-merge", "sft-equal"), ("half-none", "sft-equal"), ("opd-merge", "opd-sft")]:
-        others = {c: other for c in (*TASKS, "average")} if other else teachers_of(name)
+        trained = TASKS[:2] if name == "mix-geneval-ocr" else TASKS
+        others = {c: other for c in (*TASKS, "average")} if other else {task: teachers_of(name)[task] for task in trained}
         seeds = [s for s in found.get(name, ()) if all(s in found.get(o, ()) for o in others.values())]
         if not seeds:
             continue
@@ -399,8 +401,8 @@ def difference_table(found):
             cells.append(interval([a[0] - b[0] for a, b in pairs], "+.3f") + (over_images if len(seeds) == 1 else ""))
         whose = {"half-extrapolate": "Flow-OPD from merge, half of the budget, `--extrapolate 1.25`,",
                  "half-none": "Flow-OPD from the base, half of the budget,"}.get(name) or title(name)
-        label = f"{whose} minus {title(other) if other else 'each of its teachers on its own task'}".replace("**", "")
-        lines.append([label, str(len(seeds)), *cells] + [""] * (not other))
+        label = f"{whose} minus {title(other) if other else 'each teacher on its own task'}".replace("**", "")
+        lines.append([label, str(len(seeds)), *cells] + [""] * (4 - len(cells)))
     return grid(["difference", "seeds", "GenEval", "OCR", "quality", "average"], lines)
 
 
