@@ -153,7 +153,7 @@ def jobs(cfg):
     found = {}
     for part, named in plan.items():
         for name, what in named.items():
-            again, rate = name.endswith("again"), name in ("half-pg-dense-lam0", "half-pg-sampled-lam0")
+            again, rate = name.endswith("again"), name in ("half-pg-dense-lam0", "half-pg-sampled-lam0", "half-paper-slow")
             grpo = name in ("mix-whole", "mix-whole-group", "mix-group", "mix-geneval-ocr")
             for seed in [1] if again else [0] if rate else cfg.grpo_seeds if grpo else cfg.seeds:
                 run, job = f"rep-{name}-s{seed}", {"part": part, "seed": seed, "command": [], "seconds": SECONDS["eval"]}
