@@ -11,8 +11,8 @@ seed are compared image by image) and on training prompts (150 a task, to choose
 command, seed, commit and seconds. Jobs that are there are not run again: the repo's folder is full, so give --out another one to run all afresh. The shipped
 teachers (ckpt/) teach. Seconds in the cost table are from runs with --alone.
 
-Parts: main (the table), cost (the teachers again, with snapshots, and students of theirs), seesaw, and at half of the budget mar, cold, objectives, states, beyond; then curves
-(snapshots of main and cost, evaluated) and fixed (KL to the teachers at the same states for all).
+Parts: main (the table), cost (the teachers again, with snapshots, and students of theirs), seesaw, and at half of the budget mar, cold, objectives,
+states, beyond; then curves (snapshots of main and cost, evaluated) and fixed (KL to the teachers at the same states for all).
 
 Compute is counted in forward passes of the network for one image, a backward pass as two; scoring and the VAE are left out. GRPO: 8 rollout steps
 and, on each of the 5 trained ones, policy (1 + 2) and reference (1): 28 an image. Distillation: 8 + 5 (teacher 1, anchor 1, student 1 + 2) = 33.
@@ -342,7 +342,8 @@ def grid(header, rows):
 
 ROWS = {"base": "base", "geneval": "teacher `geneval`", "ocr": "teacher `ocr`", "quality": "teacher `quality`",
         "geneval-second": "`geneval`, a second run", "ocr-second": "`ocr`, a second run", "quality-second": "`quality`, a second run",
-        "merge": "merge of the three", "merge-second": "merge of the second runs", "sft": "SFT on teachers' pictures (the cold start)", "sft-equal": "SFT, distillation's compute",
+        "merge": "merge of the three", "merge-second": "merge of the second runs",
+        "sft": "SFT on teachers' pictures (the cold start)", "sft-equal": "SFT, distillation's compute",
         "mix-geneval-ocr": "GRPO-Mix of GenEval and OCR",
         "mix-small": "GRPO-Mix, distillation's compute", "mix-group": "the same, `--adv-std group`",
         "mix-whole": "GRPO-Mix, compute of teachers + distillation", "mix-whole-group": "the same, `--adv-std group`",
@@ -411,13 +412,14 @@ def ablation_table(found, kls):
     lines = []
     for name in (n for n in found if n.startswith("half") or n == "merge"):
         part = next(iter(found[name].values()))["part"] if name != "merge" else "objectives"           # where they start
-        against_off = part == "mar" or part == "objectives" and name.endswith("lam0")                  # "off": without the anchor
-        other = {"half": None, "merge": "half-lam0", "half-lam0": "half"}.get(name, "half-lam0" if against_off else "half")
+        off = "half-lam0" if part == "mar" or part == "objectives" and name.endswith("lam0") else "half"          # "off": without the anchor
+        off = "half-slow-lam0" if name.endswith("slow-lam0") else off                                  # its rate, too
+        other = {"half": None, "merge": "half-lam0", "half-lam0": "half", "half-slow-lam0": "half-lam0"}.get(name, off)
         results = {s: r for s, r in found[name].items() if other is None or s in found.get(other, ())}
         cells = [interval([scores(r, c, which) - (scores(found[other][s], c, which) if other else 0) for s, r in results.items()], "+.3f" if other else ".3f")
                  for which, c in [(HELD_OUT, c) for c in (*TASKS, "average")] + [(TRAIN, "average")]]
         label = {"half": "`default`, not minus anything", "merge": "the merge, iteration 0"}.get(name, f"`{name[5:]}`")
-        row = [label, {None: "-", "half": "default", "half-lam0": "lam0"}[other], str(len(results)), *cells, *own_cells(name, results, kls)]
+        row = [label, {None: "-", "half": "default", "half-lam0": "lam0", "half-slow-lam0": "slow-lam0"}[other], str(len(results)), *cells, *own_cells(name, results, kls)]
         lines.append((PARTS.index(part), name != "half", row))
     return grid(["run", "minus", "seeds", "GenEval", "OCR", "quality", "average", "the same on training prompts", *OWN_COLUMNS],
                 [row for *_, row in sorted(lines, key=lambda line: line[:2])])
@@ -551,8 +553,9 @@ def main(cfg):
         for path in [c.split("=")[1] for c in job["ckpts"]] + job["command"]:
             if str(path).startswith("runs/") and not Path(path).exists() and not any(path.startswith(folder) for folder in made):
                 of = Path(path).parts[1].removeprefix("rep-")
-                raise ValueError(f"{name} needs {path}, of {of}" + (f", whose result is in {out} already: delete that, or choose another --out, to run it again"
-                                 if (out / f"{of}.json").exists() else f": run that too (part {plan[of]['part']})" if of in plan else ": run that too, with its seed"))
+                if (out / f"{of}.json").exists():
+                    raise ValueError(f"{name} needs {path}, of {of}, whose result is in {out} already: delete that, or choose another --out, to run it again")
+                raise ValueError(f"{name} needs {path}, of {of}: run that too (" + (f"part {plan[of]['part']})" if of in plan else "with its seed)"))
     left, begun, failed = sum(job["seconds"] for job in todo.values()), time.time(), []
     print(f"{len(todo)} jobs to run, about {left / 3600:.1f} hours on two cores")
     for name, job in todo.items():
