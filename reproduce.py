@@ -68,9 +68,9 @@ class Config:
     stop_after: int = 0                                    # start no job after so many minutes (0: no limit)
 
 
-def opd(*more, passes=33, budget=BUDGET):
+def opd(*more, passes=33, budget=BUDGET, teachers=TEACHERS):
     """Stage 2 for as many iterations as the budget (forward passes) pays for."""
-    return ["train_opd.py", "--teachers", *TEACHERS.values(), "--iters", round(budget / passes / 64), *more]
+    return ["train_opd.py", "--teachers", *teachers.values(), "--iters", round(budget / passes / 64), *more]
 
 
 def half(*more, passes=33):
@@ -97,7 +97,7 @@ def jobs(cfg):
             "quality-again": ["train_grpo.py", "--tasks", "quality", "--iters", 50, "--keep", 5],
             "ocr-again": ["train_grpo.py", "--tasks", "ocr", "--iters", 225, "--keep", 25],
             "geneval-again": ["train_grpo.py", "--tasks", "geneval", "--batch", 192, "--lr", "2e-3", "--iters", 250, "--keep", 25],
-            "opd-second": ["train_opd.py", "--teachers", *SECOND.values(), "--anchor", "quality", "--iters", 100, "--keep", 5],      # and students of theirs
+            "opd-second": opd("--anchor", "quality", "--keep", 5, teachers=SECOND),             # and students of theirs
             **SECOND, "merge-second": "runs/rep-opd-second-s{seed}/init.pt"},
         "main": {
             "opd-merge": opd("--keep", 5),
@@ -171,6 +171,11 @@ def jobs(cfg):
                     job["seconds"] = SECONDS["eval"] / 4 * len(job["ckpts"]) * len(job["tasks"])
                 found[f"{name}-s{seed}"] = job
     return found
+
+
+def commands():
+    """job without its seed -> its training command, of any of its seeds."""
+    return {name.rsplit("-s", 1)[0]: job["command"] for name, job in jobs(Config()).items() if job["command"]}
 
 
 def planned(command):
@@ -364,7 +369,7 @@ def own_cells(name, results, kls):
 
 
 def main_table(found, kls):
-    own = {name.rsplit("-s", 1)[0]: passes(job["command"]) for name, job in jobs(Config()).items() if job["command"]}
+    own = {name: passes(command) for name, command in commands().items() if name in ROWS or name.endswith("again")}
     own |= {name: own[f"{task}-again"] for task in TASKS for name in (task, f"{task}-second")} | {"opd-sft": own["opd-sft"] + own["sft"]}
     lines = [[ROWS[name], str(len(found[name])), f"{own.get(name, 0) / 1e3:.0f}",
               *(interval([scores(r, c) for r in found[name].values()]) for c in (*TASKS, "average")), *own_cells(name, found[name], kls)]
@@ -407,19 +412,25 @@ def difference_table(found):
     return grid(["difference", "seeds", "GenEval", "OCR", "quality", "average"], lines)
 
 
+def compared_with(name, part):
+    """What a run at half of the budget is shown minus: the default, or, if both are without the anchor, that one, at the same rate."""
+    special = {"half": None, "merge": "half-lam0", "half-lam0": "half", "half-slow-lam0": "half-lam0"}
+    if name in special:
+        return special[name]
+    return "half-slow-lam0" if name.endswith("slow-lam0") else "half-lam0" if part == "mar" or name.endswith("lam0") else "half"
+
+
 def ablation_table(found, kls):
     """Runs at half of the budget minus what they are compared with, seed by seed; the last columns are each run's own."""
     lines = []
     for name in (n for n in found if n.startswith("half") or n == "merge"):
         part = next(iter(found[name].values()))["part"] if name != "merge" else "objectives"           # where they start
-        off = "half-lam0" if part == "mar" or part == "objectives" and name.endswith("lam0") else "half"          # "off": without the anchor
-        off = "half-slow-lam0" if name.endswith("slow-lam0") else off                                  # its rate, too
-        other = {"half": None, "merge": "half-lam0", "half-lam0": "half", "half-slow-lam0": "half-lam0"}.get(name, off)
+        other = compared_with(name, part)
         results = {s: r for s, r in found[name].items() if other is None or s in found.get(other, ())}
         cells = [interval([scores(r, c, which) - (scores(found[other][s], c, which) if other else 0) for s, r in results.items()], "+.3f" if other else ".3f")
                  for which, c in [(HELD_OUT, c) for c in (*TASKS, "average")] + [(TRAIN, "average")]]
         label = {"half": "`default`, not minus anything", "merge": "the merge, iteration 0"}.get(name, f"`{name[5:]}`")
-        row = [label, {None: "-", "half": "default", "half-lam0": "lam0", "half-slow-lam0": "slow-lam0"}[other], str(len(results)), *cells, *own_cells(name, results, kls)]
+        row = [label, other[5:] or "default" if other else "-", str(len(results)), *cells, *own_cells(name, results, kls)]
         lines.append((PARTS.index(part), name != "half", row))
     return grid(["run", "minus", "seeds", "GenEval", "OCR", "quality", "average", "the same on training prompts", *OWN_COLUMNS],
                 [row for *_, row in sorted(lines, key=lambda line: line[:2])])
@@ -431,8 +442,8 @@ def curve(found, name):
     A GRPO run's own end is its 1; a distilled student is measured by the teachers that taught it.
     """
     shots, points = found[f"curve-{name}"], {}
+    start = {"opd-merge": "merge", "opd-second": "merge-second", "opd-sft": "sft"}.get(name, "base")
     for task in [name.split("-")[0]] if name.endswith("again") else TASKS:
-        start = {"opd-merge": "merge", "opd-second": "merge-second", "opd-sft": "sft"}.get(name, "base")
         goal = name if start == "base" else teachers_of(name)[task]
         seeds = [s for s in shots if all(s in found.get(of, ()) for of in (start, goal, "base", name))]
         scored = {0: [scores(found[start][s], task) for s in seeds], found[name][min(shots)]["iterations"]: [scores(found[name][s], task) for s in seeds]}
@@ -454,7 +465,7 @@ def reached(at):
 
 def cost_table(found):
     """Forward passes and seconds until 95% of the teacher's gain. A cold start's own are counted; the merge has none."""
-    plan = {name.rsplit("-s", 1)[0]: job["command"] for name, job in jobs(Config()).items() if job["command"]}
+    plan = commands()
     whole, lines, again = sum(passes(plan[f"{task}-again"]) for task in TASKS), [], [r for task in TASKS for r in found.get(f"{task}-again", {}).values()]
     if len(again) == 3:
         seconds = sum(r["s/it, median"] * r["iterations"] for r in again)
@@ -504,16 +515,15 @@ def plot(out):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    found, plan = collect(out), jobs(Config())
+    found, plan = collect(out), commands()
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.5))
     for name, style in (("geneval-again", "--"), ("ocr-again", "--"), ("quality-again", "--"), ("opd-merge", "-"), ("opd-sft", ":")):
         if f"curve-{name}" not in found:
             continue
-        command = plan[name + ("-s1" if style == "--" else "-s0")]["command"]
-        start = passes(plan["sft-s0"]["command"]) if name == "opd-sft" else 0
+        whole, start = passes(plan[name]), passes(plan["sft"]) if name == "opd-sft" else 0
         for task, at in curve(found, name).items():
             it, part, half_width = (np.array(column, float) for column in zip(*at))
-            left.errorbar((it * passes(command) / it[-1] + start) / 1e6, part, np.nan_to_num(half_width), color=f"C{TASKS.index(task)}", linestyle=style, capsize=2,
+            left.errorbar((it * whole / it[-1] + start) / 1e6, part, np.nan_to_num(half_width), color=f"C{TASKS.index(task)}", linestyle=style, capsize=2,
                           label=f"{task}, {'GRPO' if style == '--' else ROWS[name].strip('*')}")
     left.axhline(0.95, color="grey", linewidth=0.5)
     left.set(xlabel="million forward passes of one image", ylabel="part of the teacher's gain over the base", ylim=(-0.4, 1.15))

@@ -244,12 +244,10 @@ def main(cfg):
         parts = [[row[name] if meta["task"] == task else torch.nan for task, name in components] for row, meta in zip(rated, metas)]
         parts = util.gather(torch.tensor(parts, device=device)).nanmean(0).tolist()      # components of rewards that are sums, as reported
         by_part = {f"{task}/{name}": mean for (task, name), mean in zip(components, parts) if mean == mean}
-        off = (util.gather(ratios) - 1).abs()
-        first_update = util.gather(torch.arange(images, device=device)) < images // cfg.updates
         seconds = time.time() - start
         log({"iter": it + 1, **by_task, **by_part, "reward_std": everyone.std(unbiased=False).item(),
-             "zero_std_ratio": 1 - util.sync_mean(keep.float().mean()).item(), "ratio_err": off[first_update].max().item(),
-             "clip_frac": (off > cfg.clip).float().mean().item(), "kl": util.gather(kls).mean().item(),
+             "zero_std_ratio": 1 - util.sync_mean(keep.float().mean()).item(), **util.ratio_stats(ratios, cfg.updates, cfg.clip),
+             "kl": util.gather(kls).mean().item(),
              "grad_norm": grad_norm, "s/it": seconds, "images/s": cfg.batch / seconds})
         if cfg.keep and (it + 1) % cfg.keep == 0:
             save(folder / f"adapter-{it + 1}.pt")

@@ -141,21 +141,27 @@ def velocity_loss(v, v_target, s, cfg):
     return ((v - v_target) ** 2).flatten(1).mean(1)
 
 
+def likelihood_ratio(v, s):
+    """p_S(x_next|x) now over what it was in the rollout: 1 before the first update."""
+    return (log_prob(s.x_next, *gaussian(v, s)) - s.logp).exp()
+
+
 def pg(v, v_target, s, cfg):
     """-min(ratio A, clip(ratio, 1 - e, 1 + e) A), Flow-OPD eq. 9 as printed. The advantage A (step_reward, credited) is a number, not a function of v."""
-    ratio = (log_prob(s.x_next, *gaussian(v, s)) - s.logp).exp()
+    ratio = likelihood_ratio(v, s)
     return -torch.min(ratio * s.adv, ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * s.adv)
 
 
 def released(v, v_target, s, cfg):
     """The same with A = -D of this very forward, through which the gradient flows too: grad D plus noise. As released, D is divided by sigma_t^2
     instead of sigma_t^2 dt, and is (B, 1) beside a ratio (B,): so each image gets the mean of its micro-batch, and --micro is part of the loss."""
-    ratio = (log_prob(s.x_next, *gaussian(v, s)) - s.logp).exp()
+    ratio = likelihood_ratio(v, s)
     A = -(kl(v, v_target, s) * (s.t - s.t_next))[:, None]
     return -torch.min(ratio * A, ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * A).mean(0)
 
 
 OBJECTIVES = {"kl": kl, "velocity": velocity_loss, "pg": pg, "released": released}
+SURROGATES = ("pg", "released")                                              # those with a ratio
 
 
 def step_reward(v, v_target, s, cfg):
@@ -226,13 +232,12 @@ def target(cfg, teachers, frozen, routed, x, t, text):
 
 def check(cfg, world_size, world):
     """All else that can be known to be wrong before any time is spent: numbers, and combinations that make no sense."""
-    util.positive(cfg, "iters", "batch", "group", "steps", "a", "lr", "updates", "micro", "save_every", "clip", "extrapolate")
     if not cfg.full and cfg.init in ("none", "truncate"):
         r, alpha = world.LORA
         cfg.lora_r, cfg.lora_alpha = r if cfg.lora_r is None else cfg.lora_r, alpha if cfg.lora_alpha is None else cfg.lora_alpha
-        util.positive(cfg, "lora_r", "lora_alpha")
     elif cfg.lora_r is not None or cfg.lora_alpha is not None:
         raise ValueError(f"--lora-r {cfg.lora_r} --lora-alpha {cfg.lora_alpha}: are for an adapter from --init none or truncate; others keep the rank they have")
+    util.positive(cfg, "iters", "batch", "group", "steps", "a", "lr", "updates", "micro", "save_every", "clip", "extrapolate", "lora_r", "lora_alpha")
     if cfg.blend >= 1:
         raise ValueError(f"--blend {cfg.blend}: the part of the other teachers in the target; expected 0 <= blend < 1")
     cfg.supervised = cfg.supervised or (list(cfg.noisy) if cfg.rollout != "ode" else [0, cfg.steps])
@@ -240,11 +245,11 @@ def check(cfg, world_size, world):
     if len(cfg.supervised) != 2 or not 0 <= cfg.supervised[0] < cfg.supervised[1] <= cfg.steps:
         raise ValueError(f"--supervised {cfg.supervised}: expected FROM TO with 0 <= FROM < TO <= --steps {cfg.steps}")
     inside = cfg.rollout != "ode" and cfg.noisy[0] <= cfg.supervised[0] and cfg.supervised[1] <= cfg.noisy[1]
-    gradient = cfg.objective in ("pg", "released")
+    surrogate = cfg.objective in SURROGATES
     for nonsense, reason in (
-            (gradient and not inside, f"--objective {cfg.objective} --rollout {cfg.rollout} --noisy {cfg.noisy} --supervised {cfg.supervised}: a policy gradient "
+            (surrogate and not inside, f"--objective {cfg.objective} --rollout {cfg.rollout} --noisy {cfg.noisy} --supervised {cfg.supervised}: a policy gradient "
              "needs a density at every supervised step, so noise"),
-            (gradient and cfg.match == "branches", f"--objective {cfg.objective} --match branches: the density is of the guided output, not of its branches"),
+            (surrogate and cfg.match == "branches", f"--objective {cfg.objective} --match branches: the density is of the guided output, not of its branches"),
             (cfg.match != "guided" and cfg.guidance == 1, f"--match {cfg.match} --guidance 1: without guidance there is one branch, nothing to match or fold"),
             (cfg.objective != "pg" and (cfg.reward, cfg.credit) != ("dense", "step"), f"--reward {cfg.reward} --credit {cfg.credit}: are for --objective pg"),
             (cfg.credit == "future" and (cfg.one or cfg.supervised[1] - cfg.supervised[0] == 1),
@@ -264,7 +269,7 @@ def main(cfg):
     ratio = read_ratio(cfg.ratio, teachers, world.RATIO)
     pattern = [task for task, n in ratio.items() for _ in range(n)]
     check_prompts(world, set(pattern))
-    folder, names, objective, surrogate = Path("runs") / cfg.name, list(teachers), OBJECTIVES[cfg.objective], cfg.objective in ("pg", "released")
+    folder, names, objective, surrogate = Path("runs") / cfg.name, list(teachers), OBJECTIVES[cfg.objective], cfg.objective in SURROGATES
 
     # Teachers and anchor: adapters on one frozen base (or whole transformers beside it). The student: one more adapter, from a cold start;
     # with --full a whole transformer of its own.
@@ -369,17 +374,16 @@ def main(cfg):
                     (loss.sum() / (images // cfg.updates * S)).backward()                                    # DDP averages over ranks
                 kls[i, j] = kl(v.detach(), v_target[i, j], s)
                 if surrogate:
-                    ratios[i, j] = (log_prob(s.x_next, *gaussian(v.detach(), s)) - s.logp).exp()
+                    ratios[i, j] = likelihood_ratio(v.detach(), s)
             grad_norm = util.clip(params)
             util.finite(grad_norm, it)
             opt.step()
             opt.zero_grad()
 
         # 5. Log and save.
-        kls, mar, routed, off = util.gather(kls), util.gather(mar), util.gather(routed), (util.gather(ratios) - 1).abs()
-        first_update = util.gather(torch.arange(images, device=device)) < images // cfg.updates
+        kls, mar, routed = util.gather(kls), util.gather(mar), util.gather(routed)
         by_task = {f"kl_{name}": kls[routed == n].mean().item() for n, name in enumerate(names) if (routed == n).any()}
-        clipped = {"ratio_err": off[first_update].max().item(), "clip_frac": (off > cfg.clip).float().mean().item()} if surrogate else {}
+        clipped = util.ratio_stats(ratios, cfg.updates, cfg.clip) if surrogate else {}
         seconds = time.time() - start
         log({"iter": it + 1, "kl": kls.mean().item(), **by_task, "kl_first": kls[:, 0].mean().item(), "kl_last": kls[:, -1].mean().item(),
              "kl_anchor": mar.mean().item(), **clipped, "grad_norm": grad_norm, "s/it": seconds, "images/s": cfg.batch / seconds})

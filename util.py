@@ -112,6 +112,13 @@ def finite(grad_norm, it):
         raise ValueError(f"iteration {it + 1}: the gradient is {grad_norm}; expected a finite one. Lower --lr or --a, or look at the rewards")
 
 
+def ratio_stats(ratios, updates, clip):
+    """ratios (images, S) of this rank's iteration -> what the log says of all ranks': the first update's largest distance from 1, the share out of range."""
+    off = (gather(ratios) - 1).abs()
+    first_update = gather(torch.arange(len(ratios), device=ratios.device)) < len(ratios) // updates
+    return {"ratio_err": off[first_update].max().item(), "clip_frac": (off > clip).float().mean().item()}
+
+
 # ------------------------------------------------------------------ process group
 
 
