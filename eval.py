@@ -1,17 +1,18 @@
 """
-Evaluation: any set of checkpoints on all tasks, with the same prompts and the same noise for every model.
+Evaluation: any checkpoints on all tasks, with the same prompts and the same noise for every model.
 
-    python eval.py --ckpts base ckpt/*.pt merge=runs/opd/init.pt student=runs/opd/student.pt --out runs/opd/eval
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 eval.py ...                 # the same numbers on two cores
-    python eval.py --model stable-diffusion-3.5-medium --prompt "a photo of a red bird" --ckpts base student=student-peft    # just pictures
+    python eval.py --ckpts base ckpt/*.pt student=runs/opd/student.pt --out runs/opd/eval
+    torchrun --nproc_per_node=2 eval.py ...               # the same numbers (OMP_NUM_THREADS=1)
+    python eval.py --prompt "a photo of a red bird" --ckpts base student=DIR     # just pictures
 
-Writes OUT.md (a table), OUT.json (all numbers) and OUT.png (rows prompts, columns models); with --prompt only pictures, OUT/MODEL/0000.png, ...
-A checkpoint is a path, LABEL=path, or "base". Prompts are the held-out ones (tiny.py and sd3.py say how) or --prompts', images are the ODE's.
+It writes OUT.md (a table), OUT.json (all numbers) and OUT.png (rows prompts, columns models). With
+--prompt it only writes pictures, OUT/MODEL/0000.png, ... A checkpoint is a path, LABEL=path, or
+"base". Prompts are the held-out ones of the world, or those of --prompts. Images are the ODE's.
 
-Scores: geneval is the benchmark's own rule, the mean of the six tags' means; ocr 1 - edits / length; quality is prompt-free, on its own
-prompts (and, by --also, in the JSON, on the other tasks' images). average is formed as the paper forms it: the mean of the tasks' scores,
-each scaled to at most 1 (GenEval and OCR as they are, DeQA / 5, PickScore / 26; the tiny world's quality is in [0, 1] already).
-Standard errors are over images. A second table sets the last model beside every other one, image by image.
+Scores: geneval is the benchmark's own rule, the mean over the tags of each tag's mean. ocr is
+1 - edits / length. quality looks at no prompt. average is formed as the paper forms it: the mean of
+the scores of the tasks, each scaled to at most 1. Standard errors are over images. A second table
+sets the last model beside every other one, image by image.
 """
 import json
 import math
@@ -24,91 +25,165 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
-import adapters
-import model as models
-import util
-from prompts import read_file, world_of
-from rewards import SCALE, check_rewards, parse_reward, score
-from sampler import draw_noise, encode, sample, schedule
+from checkpoints.formats import read, split_label
+from plumbing import cli, dist
+from plumbing.files import write_text
+from plumbing.picture import draw_grid, to_bytes
+from rewards import REWARDS, check_rewards, parse_reward, score
+from sampler import Policy, draw_noise, encode, sample, schedule
+from worlds import open_world, presets
+from worlds.prompts import read_file
 
 
 @dataclass
 class Config:
-    ckpts: list[str] = field(default_factory=lambda: ["base"])           # what to evaluate: "base", paths of adapters, LABEL=path
-    model: str = "ckpt/tiny.safetensors"                                 # the base: the tiny world's file, or SD3.5's folder or hub name
-    prompt: list[str] = field(default_factory=list)                      # no evaluation: just draw these
-    prompt_file: str = ""                                                # the same, one prompt a line
-    each: int = 1                                                        # pictures of each prompt, for --prompt and --prompt-file
-    layout: Literal["numbers", "compbench"] = "numbers"                  # their names: 0000.png, ... or PROMPT_000000.png, as T2I-CompBench's scorers want
-    tasks: list[str] = field(default_factory=list)                       # what to evaluate on (default: all of the model's world)
-    prompts: list[str] = field(default_factory=list)                     # TASK=DIR: that folder's prompts (prompts.py) instead of the world's own
-    also: list[str] = field(default_factory=lambda: ["quality"])         # rewards to take of every task's images, besides the task's own
-    per_task: int = 600                                                  # images a task
-    steps: int = 20                                                      # ODE steps
-    guidance: float = 1.0                                                # w
-    batch: int = 100                                                     # images a forward pass
-    split: Literal["eval", "train"] = "eval"                             # "train" for choosing settings without looking at the held-out prompts
-    diversity: bool = False                                              # also how far pictures of one prompt are apart (in the JSON)
-    rows: int = 12                                                       # prompts in the picture
-    out: str = "runs/eval"                                               # where to write OUT.md, OUT.json, OUT.png
-    seed: int = 0                                                        # of the noise; each prompt has its own noise
-    size: int | None = None                                              # side of the images in pixels (default: the tiny world's 32)
-    t5: str = ""                                                         # SD3.5's T5: 128 or 256 tokens, or zeros (left out)
-    dtype: Literal["float32", "bfloat16"] = "float32"                    # of the weights
-    device: str = "auto"                                                 # auto, cuda, mps, cpu
+    # --- what
+    # The models: "base", paths of checkpoints, or LABEL=path.
+    ckpts: list[str] = field(default_factory=lambda: ["base"])
+    # The base: a safetensors file, SD3.5's folder, or its name on the hub.
+    model: str = "ckpt/tiny.safetensors"
+    # The folder of SD3.5's text encoders, if they are not beside the model.
+    text_encoders: str = ""
+    # TASK=DIR: the prompts of that folder instead of the world's own (worlds/prompts.py).
+    prompts: list[str] = field(default_factory=list)
+    # Tasks to evaluate on (default: all of the world).
+    tasks: list[str] = field(default_factory=list)
+    # Rewards to take of the images of every task, besides the task's own.
+    also: list[str] = field(default_factory=lambda: ["quality"])
+    # Where to write OUT.md, OUT.json and OUT.png.
+    out: str = "runs/eval"
+
+    # --- sampling
+    # Images a task.
+    per_task: int = 600
+    # ODE steps.
+    steps: int = 20
+    # Guidance (w).
+    guidance: float = 1.0
+    # Images a forward pass.
+    batch: int = 100
+    # "train" is for choosing settings without looking at the held-out prompts.
+    split: Literal["eval", "train"] = "eval"
+    # Also measure how far pictures of one prompt are apart (in the JSON).
+    diversity: bool = False
+    # Prompts in the picture.
+    rows: int = 12
+
+    # --- just pictures
+    # Draw these, and evaluate nothing.
+    prompt: list[str] = field(default_factory=list)
+    # The same from a file, one prompt a line.
+    prompt_file: str = ""
+    # Pictures of each prompt.
+    each: int = 1
+    # Their names: 0000.png, ..., or PROMPT_000000.png, as T2I-CompBench's scorers want them.
+    layout: Literal["numbers", "compbench"] = "numbers"
+
+    # --- machine
+    # Side of the images in pixels (default: 32 in the tiny world).
+    size: int | None = None
+    # Tokens of SD3.5's T5, 128 or 256; or zeros, to leave it out.
+    t5: str = ""
+    # Of the weights.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Seed of the noise. Each prompt has its own noise.
+    seed: int = 0
+    # auto, cuda, mps or cpu.
+    device: str = "auto"
 
 
-# Defaults that --model changes. GenEval has 553 prompts and takes 4 images of each, 2,212: rounded down for 8 ranks.
-PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=40, guidance=4.5, batch=8, per_task=2208, also=[])}
+# Defaults that follow from --model. GenEval has 553 prompts and takes 4 images of each: 2,212, here
+# rounded down for 8 ranks.
+PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=40, guidance=4.5, batch=8,
+                       per_task=2208, also=[])}
 
 
-def read_models(cfg, model):
-    """Every checkpoint: label -> (net, adapter name), the name None for the base and for a whole transformer."""
-    found, many = {}, 0
-    for spec in cfg.ckpts:
-        label, path = adapters.split_label(spec)
+def read_models(cfg, base):
+    """Every checkpoint as a Policy, by its label."""
+    policies = {}
+    for n, spec in enumerate(cfg.ckpts):
+        label, path = split_label(spec)
         label = label or Path(path).stem
-        if label in found:
-            raise ValueError(f"--ckpts {spec}: a second model called '{label}'; write LABEL={path}")
-        found[label] = (model.mmdit, None)
-        if path != "base":
-            ckpt = adapters.read(path, model.mmdit)
-            found[label] = (ckpt["net"], None) if "net" in ckpt else (model.mmdit, f"m{(many := many + 1)}")
-            if "net" not in ckpt:
-                model.mmdit.add_adapter(found[label][1], ckpt["r"], ckpt["alpha"], ckpt["tensors"])
-    return found
+        if label in policies:
+            raise ValueError(f"--ckpts {spec}: a second model called '{label}'; "
+                             f"write LABEL={path}")
+        policies[label] = Policy(base, None, cfg.guidance)
+        if path == "base":
+            continue
+        ckpt = read(path, base)
+        if "net" in ckpt:
+            policies[label].net = ckpt["net"]
+        else:
+            policies[label].adapter = f"model{n}"
+            base.add_adapter(policies[label].adapter, ckpt["r"], ckpt["alpha"], ckpt["tensors"])
+    return policies
+
+
+# ------------------------------------------------------------------ numbers
 
 
 def mean_se(scores):
     """Mean and its standard error."""
-    return float(np.mean(scores)), float(np.std(scores, ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else float("nan")
+    if len(scores) < 2:
+        return float(np.mean(scores)), float("nan")
+    return float(np.mean(scores)), float(np.std(scores, ddof=1) / math.sqrt(len(scores)))
+
+
+def tags_of(metas, world):
+    """The tags that GenEval's prompts have here, in the order of the world."""
+    there = {meta["tag"] for meta in metas.get("geneval", ())}
+    return [tag for tag in world.tags if tag in there]
 
 
 def summarise(scores, metas, world):
-    """Per-image scores {task: (n,)} -> {column: [mean, standard error, n]}, with the six tags and the average.
+    """Scores of images {task: (n,)} -> {column: [mean, standard error, n]}.
 
-    Given the difference of two models' scores on the same prompts and noise, the errors are those of the paired difference.
+    Columns are the tags, the tasks and the average. Given the differences of two models on the same
+    prompts and noise, the errors are those of the paired difference.
     """
     out = {}
-    tags = [tag for tag in world.TAGS if any(meta["tag"] == tag for meta in metas["geneval"])] if "geneval" in scores else []      # those there are
+    tags = tags_of(metas, world) if "geneval" in scores else []
     for tag in tags:
-        rows = [i for i, m in enumerate(metas["geneval"]) if m["tag"] == tag]
+        rows = [i for i, meta in enumerate(metas["geneval"]) if meta["tag"] == tag]
         out[tag] = [*mean_se(scores["geneval"][rows]), len(rows)]
     for task in scores:
         out[task] = [*mean_se(scores[task]), len(metas[task])]
-    if "geneval" in scores:
-        out["geneval"][:2] = float(np.mean([out[t][0] for t in tags])), math.sqrt(sum(out[t][1] ** 2 for t in tags)) / len(tags)
-    scaled = [[x / SCALE.get(world.SCORE.get(t), 1) for x in out[t][:2]] for t in scores]
-    out["average"] = [float(np.mean([m for m, _ in scaled])), math.sqrt(sum(se ** 2 for _, se in scaled)) / len(scores), sum(len(m) for m in metas.values())]
+    if tags:                                        # GenEval is the mean of the means of its tags
+        out["geneval"][0] = float(np.mean([out[tag][0] for tag in tags]))
+        out["geneval"][1] = math.sqrt(sum(out[tag][1] ** 2 for tag in tags)) / len(tags)
+    means, errors = [], []
+    for task in scores:
+        scale = scale_of(task, world)
+        means.append(out[task][0] / scale)
+        errors.append(out[task][1] / scale)
+    error = math.sqrt(sum(error ** 2 for error in errors)) / len(scores)
+    out["average"] = [float(np.mean(means)), error, sum(len(rows) for rows in metas.values())]
+    return out
+
+
+def scale_of(task, world):
+    """What the score of a task is divided by to be at most 1."""
+    name = world.score.get(task)
+    return REWARDS[name].scale if name in REWARDS else 1
+
+
+def gaps(scores, metas, world):
+    """The last model minus every other one, paired image by image: {other: its summary}."""
+    *others, last = scores
+    out = {}
+    for other in others:
+        difference = {task: scores[last][task] - scores[other][task] for task in metas}
+        out[other] = summarise(difference, metas, world)
     return out
 
 
 def spread(small, prompts):
-    """Diversity: root mean square difference of two pictures of one prompt, averaged over pairs, then prompts: [mean, standard error, prompts].
+    """Diversity: how far pictures of one prompt are apart: [mean, standard error, prompts].
 
+    It is the root mean square difference of two of them, averaged over pairs, then over prompts.
     small (n, 3, 32, 32); prompts: n strings, some of which come more than once.
     """
     groups = {}
@@ -119,165 +194,243 @@ def spread(small, prompts):
         if len(pictures) > 1:
             x = torch.stack(pictures)
             apart.append(torch.pdist(x).mean().item() / math.sqrt(x.shape[1]))
-    return [*mean_se(apart), len(apart)] if apart else [float("nan"), float("nan"), 0]
+    if not apart:
+        return [float("nan"), float("nan"), 0]
+    return [*mean_se(apart), len(apart)]
 
 
 def markdown(title, rows, columns, sign=""):
-    """rows: {label: {column: [mean, standard error, n]}} -> a Markdown table."""
-    lines = [f"| {title} | " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {label} | " + " | ".join(f"{row[c][0]:{sign}.3f} ± {row[c][1]:.3f}" for c in columns) + " |" for label, row in rows.items()]
+    """{label: {column: [mean, standard error, n]}} -> a Markdown table."""
+    head = [title, *(column.replace("_", " ") for column in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for label, row in rows.items():
+        cells = [f"{row[c][0]:{sign}.3f} ± {row[c][1]:.3f}" for c in columns]
+        lines.append("| " + " | ".join([label, *cells]) + " |")
     return "\n".join(lines) + "\n\n"
 
 
 def report(results, differences, last, tags, tasks):
     """Both tables, as printed and as written to OUT.md."""
-    n = next(iter(results.values()))
+    some = next(iter(results.values()))
+    numbers = [f"{some[column][2]} {column.replace('_', ' ')}" for column in (*tags, *tasks)]
     text = markdown("model", results, [*tags, *tasks, "average"])
-    text += "mean ± standard error; n = " + ", ".join(f"{n[c][2]} {c.replace('_', ' ')}" for c in (*tags, *tasks)) + ", per model\n"
+    text += "mean ± standard error; n = " + ", ".join(numbers) + ", per model\n"
     if differences:
         text += "\n" + markdown(f"{last} minus", differences, [*tasks, "average"], sign="+")
         text += "paired differences, image by image (same prompt, same noise)\n"
     return text
 
 
-def gaps(scores, metas, world):
-    """The last model minus every other one, paired image by image: {other: {column: [difference, standard error, n]}}."""
-    *others, last = scores
-    return {other: summarise({t: scores[last][t] - scores[other][t] for t in metas}, metas, world) for other in others}
+# ------------------------------------------------------------------ pictures
 
 
-def to_bytes(image):
-    """(3, H, W) in [0, 1] -> (H, W, 3), 0 to 255, as Pillow takes it."""
-    return (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
+def picture_names(cfg, asked):
+    """The files of --prompt's pictures. ValueError if a prompt cannot be a name there."""
+    if cfg.layout == "numbers":
+        return [f"{i:04d}.png" for i in range(len(asked))]
+    names = []
+    for i, prompt in enumerate(asked):
+        name = f"{prompt}_{i:06d}.png"
+        if "/" in prompt or "_" in prompt or len(name.encode()) > 242:
+            raise ValueError(f"--layout compbench: prompt {prompt!r} cannot be a file's name "
+                             "there: expected no '/' or '_', and at most 230 bytes")
+        names.append(f"samples/{name}")
+    return names
 
 
-def picture(shown, path, scale=3):
-    """shown: {label: [(prompt, image (3, H, W))]} -> a PNG, rows prompts, columns models."""
-    labels = list(shown)
-    rows = len(shown[labels[0]])
-    side = shown[labels[0]][0][1].shape[-1]
-    side, left, top, gap = side * scale if side < 128 else 256, 330, 24, 6
-    canvas = Image.new("RGB", (left + len(labels) * (side + gap), top + rows * (side + gap)), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for c, label in enumerate(labels):
-        pen.text((left + c * (side + gap), 4), label, fill="black", font=font)
-        for r, (prompt, image) in enumerate(shown[label]):
-            canvas.paste(Image.fromarray(to_bytes(image)).resize((side, side), Image.NEAREST), (left + c * (side + gap), top + r * (side + gap)))
-            if c == 0:
-                pen.text((6, top + r * (side + gap) + side // 2 - 8), prompt, fill="black", font=font)
-    canvas.save(path)
+def generate(cfg, model, policies, times, rank, world_size):
+    """Draw --prompt and --prompt-file by each model from the same noise, and write OUT/prompts.txt.
 
-
-def generate(cfg, model, found, times, autocast, rank, world_size):
-    """--prompt, --prompt-file: pictures by each model, from the same noise: OUT/MODEL/0000.png, ..., and OUT/prompts.txt (rewards.py takes the two).
-
-    With --layout compbench OUT/MODEL/samples/PROMPT_000000.png, what T2I-CompBench's BLIP-VQA, UniDet and CLIP scorers read.
+    With --layout compbench the names are those that T2I-CompBench's BLIP-VQA, UniDet and CLIP
+    scorers read.
     """
-    asked = [*cfg.prompt, *(meta["prompt"] for meta in read_file(cfg.prompt_file, "prompt"))] if cfg.prompt_file else cfg.prompt
+    asked = list(cfg.prompt)
+    if cfg.prompt_file:
+        asked += [meta["prompt"] for meta in read_file(cfg.prompt_file, "prompt")]
     asked = [prompt for prompt in asked for _ in range(cfg.each)]
-    names = [f"{i:04d}.png" if cfg.layout == "numbers" else f"samples/{prompt}_{i:06d}.png" for i, prompt in enumerate(asked)]
-    for name, prompt in zip(names, asked):
-        if cfg.layout == "compbench" and ("/" in prompt or "_" in prompt or len(name.encode()) > 250):
-            raise ValueError(f"--layout compbench: prompt {prompt!r} cannot be a file's name there: expected no '/' or '_', and at most 230 bytes")
+    names = picture_names(cfg, asked)
     mine = torch.arange(len(asked))[rank::world_size]
     model.text.prepare(asked, rank, world_size)
-    util.barrier()
-    bar = tqdm(total=len(found) * len(mine), desc="draw", unit="image", disable=rank > 0)
-    for label, (net, adapter) in found.items():
-        for i in mine.split(cfg.batch) if len(mine) else ():
-            text = encode(model.text, [asked[j] for j in i])
-            noise = draw_noise([(cfg.seed, "prompt", int(j)) for j in i], 0, model.latent_shape()).to(times.device)
-            with torch.no_grad(), autocast:
-                latents = sample(net, noise, times, text, cfg.guidance, adapter)
-            images = model.images(latents)                               # the VAE computes in float32
-            for j, image in zip(i, images):
+    dist.barrier()
+    bar = tqdm(total=len(policies) * len(mine), desc="draw", unit="image", disable=rank > 0)
+    for label, policy in policies.items():
+        for part in mine.split(cfg.batch) if len(mine) else ():
+            text = encode(model.text, [asked[j] for j in part])
+            keys = [(cfg.seed, "prompt", int(j)) for j in part]
+            noise = draw_noise(keys, 0, model.latent_shape())[:, 0].to(times.device)
+            with torch.no_grad(), dist.autocast(times.device):
+                latents = sample(policy, noise, text, times)
+            for j, image in zip(part, model.images(latents)):     # the VAE computes in float32
                 path = Path(cfg.out) / label / names[j]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(to_bytes(image)).save(path)
-            bar.update(len(i))
+            bar.update(len(part))
     bar.close()
     if rank == 0:
-        util.write_atomic(Path(cfg.out) / "prompts.txt", "".join(prompt + "\n" for prompt in asked))
-        print(f"wrote {cfg.out}/{{{','.join(found)}}} and {cfg.out}/prompts.txt")
+        write_text(Path(cfg.out) / "prompts.txt", "".join(prompt + "\n" for prompt in asked))
+        print(f"wrote {cfg.out}/{{{','.join(policies)}}} and {cfg.out}/prompts.txt")
+
+
+# ------------------------------------------------------------------ evaluation
+
+
+def check(cfg, world, tasks, world_size):
+    """All that can be known to be wrong before any time is spent."""
+    for task in tasks:
+        if task not in world.tasks or tasks.count(task) > 1:
+            raise ValueError(f"--tasks {task}: expected some of {', '.join(world.tasks)}, "
+                             "each once")
+        if task not in world.score:
+            raise ValueError(f"--tasks {task}: has no score of its own; expected some of "
+                             f"{', '.join(world.score)}. Draw pictures (--prompt-file), then "
+                             "python -m scorers NAME ...")
+    if not len(tasks) <= cfg.rows <= cfg.per_task:
+        raise ValueError(f"--rows {cfg.rows}: expected at least one a task ({len(tasks)}), "
+                         f"at most --per-task {cfg.per_task}")
+    least = 2 * len(world.tags)
+    if cfg.per_task < least or cfg.per_task % world_size:
+        raise ValueError(f"--per-task {cfg.per_task}: expected at least {least} images a task, "
+                         f"a multiple of the {world_size} rank(s)")
+
+
+def specs_of(cfg, tasks, world):
+    """The rewards to take of each task's images: {task: spec}."""
+    specs = {}
+    for task in tasks:
+        names = [world.score[task], *cfg.also]
+        if task == "geneval":
+            names.append("geneval_strict")
+        specs[task] = parse_reward(",".join(dict.fromkeys(names)))
+    return specs
+
+
+class Evaluation:
+    """The prompts of some tasks, and this rank's share of them."""
+
+    def __init__(self, cfg, model, world, tasks, times, rank, world_size):
+        self.cfg = cfg
+        self.model = model
+        self.world = world
+        self.times = times
+        self.specs = specs_of(cfg, tasks, world)
+        self.metas = {task: world.eval_prompts(task, cfg.per_task, cfg.split) for task in tasks}
+        share = cfg.per_task // world_size
+        self.mine = torch.arange(rank * share, (rank + 1) * share)
+        self.thread = ThreadPoolExecutor(1)
+        n_images = len(cfg.ckpts) * len(tasks) * share
+        self.bar = tqdm(total=n_images, desc="eval", unit="image", disable=rank > 0)
+
+    def draw(self, policy, task, part):
+        """The images of prompts part (b,): (b, 3, H, W)."""
+        text = encode(self.model.text, [self.metas[task][j]["prompt"] for j in part])
+        keys = [(self.cfg.seed, "eval", task, int(j)) for j in part]
+        noise = draw_noise(keys, 0, self.model.latent_shape())[:, 0].to(self.times.device)
+        with torch.no_grad(), dist.autocast(self.times.device):
+            latents = sample(policy, noise, text, self.times)
+        return self.model.images(latents)
+
+    def task(self, policy, task):
+        """One model on one task.
+
+        Returns the scores of all ranks' images {reward: (n,)}, cells for the picture
+        [(prompt, image, score)] and the diversity (None unless asked for).
+        """
+        judged, images, small = [], [], []
+        for part in self.mine.split(self.cfg.batch):
+            batch = [self.metas[task][j] for j in part]
+            drawn = self.draw(policy, task, part)
+            # The images are scored while the next ones are sampled.
+            job = self.thread.submit(score, self.specs[task], drawn, batch, self.world)
+            judged.append(job)
+            room = max(0, 4 * self.cfg.rows - len(images))        # the picture chooses of these
+            images += list(drawn[:room].cpu())
+            if self.cfg.diversity:
+                small.append(F.adaptive_avg_pool2d(drawn, 32))
+            self.bar.update(len(part))
+        scores = {}
+        for name in self.specs[task]:
+            values = np.concatenate([job.result()[name] for job in judged])
+            values = dist.gather(torch.from_numpy(values).to(self.times.device))
+            scores[name] = values.cpu().numpy()
+        own = scores[self.world.score[task]] / scale_of(task, self.world)
+        cells = [(self.metas[task][j]["prompt"], image, own[j])
+                 for j, image in zip(self.mine.tolist(), images)]
+        apart = None
+        if self.cfg.diversity:
+            prompts = [meta["prompt"] for meta in self.metas[task]]
+            apart = spread(dist.gather(torch.cat(small)).cpu(), prompts)
+        return scores, cells, apart
+
+
+def every_mean(scores):
+    """{label: {"REWARD on TASK": mean and error}} of all that was scored, for the JSON."""
+    out = {}
+    for label, tasks in scores.items():
+        out[label] = {}
+        for task, values in tasks.items():
+            for name, value in values.items():
+                out[label][f"{name} on {task}"] = mean_se(value)
+    return out
 
 
 def main(cfg):
-    rank, world_size, device = util.setup(cfg.device, cfg.seed)
-    util.positive(cfg, "steps", "batch", "each")
-    world = world_of(models.world_name(cfg.model), cfg.prompts)
-    tasks = cfg.tasks or world.TASKS
-    model = models.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5)
-    found = read_models(cfg, model)
-    times, start = schedule(cfg.steps).to(device), time.time()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    if not found:
-        raise ValueError("--ckpts: got none, expected at least one model, e.g. --ckpts base ckpt/*.pt")
+    start = time.time()
+    rank, world_size, device = dist.setup(cfg.device, cfg.seed)
+    cli.positive(cfg, "steps", "batch", "each")
+    world = open_world(cfg.model, cfg.prompts)
+    tasks = list(cfg.tasks or world.tasks)
+    if not cfg.ckpts:
+        raise ValueError("--ckpts: got none, expected at least one model, e.g. "
+                         "--ckpts base ckpt/*.pt")
+    model = world.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5,
+                       cfg.text_encoders)
+    policies = read_models(cfg, model.mmdit)
+    times = schedule(cfg.steps).to(device)
     if cfg.prompt or cfg.prompt_file:
-        return generate(cfg, model, found, times, autocast, rank, world_size)
-    for task in tasks:
-        if task not in world.TASKS or tasks.count(task) > 1:
-            raise ValueError(f"--tasks {task}: expected some of {', '.join(world.TASKS)}, each once")
-        if task not in world.SCORE:
-            raise ValueError(f"--tasks {task}: has no score of its own; expected some of {', '.join(world.SCORE)}. "
-                             "Draw pictures (--prompt-file), then python rewards.py NAME ...")
-    if not len(tasks) <= cfg.rows <= cfg.per_task:
-        raise ValueError(f"--rows {cfg.rows}: expected at least one a task ({len(tasks)}), at most --per-task {cfg.per_task}")
-    if cfg.per_task < 2 * len(world.TAGS) or cfg.per_task % world_size:
-        raise ValueError(f"--per-task {cfg.per_task}: expected at least {2 * len(world.TAGS)} images a task, a multiple of the {world_size} rank(s)")
-    specs = {task: parse_reward(",".join(dict.fromkeys([world.SCORE[task], *cfg.also] + ["geneval_strict"] * (task == "geneval")))) for task in tasks}
-    metas = {task: world.eval_prompts(task, cfg.per_task, cfg.split) for task in tasks}
-    tags = [tag for tag in world.TAGS if any(meta["tag"] == tag for meta in metas.get("geneval", ()))]
+        generate(cfg, model, policies, times, rank, world_size)
+        return
+    check(cfg, world, tasks, world_size)
+    run = Evaluation(cfg, model, world, tasks, times, rank, world_size)
+    tags = tags_of(run.metas, world)
     if "geneval" in tasks and not tags:
-        raise ValueError(f"--prompts geneval=...: none of its prompts has a tag of {', '.join(world.TAGS)}")
-    check_rewards(specs, model, world, cfg.split, device)
-    share = cfg.per_task // world_size
-    mine = range(rank * share, (rank + 1) * share)
-    model.text.prepare([meta["prompt"] for task in tasks for meta in metas[task]], rank, world_size)
-    util.barrier()
-    per_image, shown = {label: {task: {} for task in tasks} for label in found}, {label: [] for label in found}
-    apart = {label: {} for label in found}
-    judge = ThreadPoolExecutor(1)
-    bar = tqdm(total=len(found) * len(tasks) * share, desc="eval", unit="image", disable=rank > 0)
-    for label, (net, adapter) in found.items():
-        for n, task in enumerate(tasks):
-            wanted = (n + 1) * cfg.rows // len(tasks)
-            batches, judged, small = torch.tensor(mine).split(cfg.batch), [], []
-            for i in batches:
-                batch = [metas[task][j] for j in i]
-                text = encode(model.text, [m["prompt"] for m in batch])
-                noise = draw_noise([(cfg.seed, "eval", task, int(j)) for j in i], 0, model.latent_shape()).to(device)
-                with torch.no_grad(), autocast:
-                    latents = sample(net, noise, times, text, cfg.guidance, adapter)
-                images = model.images(latents)
-                judged.append(judge.submit(score, specs[task], images, batch, world))      # while the next batch is sampled
-                if cfg.diversity:
-                    small.append(F.adaptive_avg_pool2d(images, 32))
-                shown[label] += [(m["prompt"], image.cpu()) for m, image in zip(batch, images[:max(0, wanted - len(shown[label]))])]
-                bar.update(len(i))
-            parts = {name: [future.result()[name] for future in judged] for name in specs[task]}
-            if cfg.diversity:
-                apart[label][task] = spread(util.gather(torch.cat(small)).cpu(), [meta["prompt"] for meta in metas[task]])
-            for name, values in parts.items():
-                per_image[label][task][name] = util.gather(torch.from_numpy(np.concatenate(values)).to(device)).cpu().numpy()
-    bar.close()
+        raise ValueError(f"--prompts geneval=...: none of its prompts has a tag of "
+                         f"{', '.join(world.tags)}")
+    check_rewards(run.specs, model, world, cfg.split, device)
+    texts = [meta["prompt"] for metas in run.metas.values() for meta in metas]
+    model.text.prepare(texts, rank, world_size)
+    dist.barrier()
+
+    scores = {}                     # label -> task -> reward -> (n,)
+    shown = {}                      # label -> task -> cells
+    diversity = {}                  # label -> task -> [mean, standard error, prompts]
+    for label, policy in policies.items():
+        scores[label], shown[label], diversity[label] = {}, {}, {}
+        for task in tasks:
+            scores[label][task], shown[label][task], diversity[label][task] = run.task(policy, task)
+    run.bar.close()
     if rank > 0:
         return
-    main_scores = {label: {task: per_image[label][task][world.SCORE[task]] for task in tasks} for label in found}
-    results = {label: summarise(s, metas, world) for label, s in main_scores.items()}
-    differences = gaps(main_scores, metas, world)
-    last = list(found)[-1]
+
+    own = {}                        # label -> task -> (n,), by the score of the task
+    for label in scores:
+        own[label] = {task: scores[label][task][world.score[task]] for task in tasks}
+    results = {label: summarise(own[label], run.metas, world) for label in own}
+    differences = gaps(own, run.metas, world)
+    last = list(policies)[-1]
     text = report(results, differences, last, tags, tasks)
+    numbers = {"settings": asdict(cfg), "world_size": world_size, "base": model.fingerprint,
+               "torch": torch.__version__, "device": str(device), "seconds": time.time() - start,
+               "table: mean, standard error, n": results,
+               f"{last} minus: mean, standard error, n": differences,
+               "all scores: mean, standard error": every_mean(scores)}
+    if cfg.diversity:
+        numbers["diversity"] = diversity
     out = Path(cfg.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".md").write_text(text)
-    numbers = {"settings": asdict(cfg), "world_size": world_size, "base": model.fingerprint, "torch": torch.__version__, "device": str(device),
-               "seconds": time.time() - start, "table: mean, standard error, n": results, f"{last} minus: mean, standard error, n": differences,
-               "all scores: mean, standard error": {label: {f"{name} on {task}": mean_se(v) for task, s in per_image[label].items() for name, v in s.items()}
-                                                    for label in found}, **({"diversity": apart} if cfg.diversity else {})}
-    out.with_suffix(".json").write_text(json.dumps(numbers, indent=1))
-    picture(shown, out.with_suffix(".png"))
+    write_text(out.with_suffix(".md"), text)
+    write_text(out.with_suffix(".json"), json.dumps(numbers, indent=1))
+    draw_grid(shown, out.with_suffix(".png"), cfg.rows)
     print(f"\n{text}\nwrote {out}.md, {out}.json, {out}.png in {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    util.run(main, Config, presets=PRESETS)
+    cli.run(main, Config, presets=presets(PRESETS))

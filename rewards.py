@@ -1,263 +1,230 @@
-"""Rewards: one number for an image. The logic of GenEval and OCR is here, the networks are in scorers.py, detectors.py and deqa.py.
+"""
+Rewards: one number for an image. GenEval's and OCR's rules are here, the networks in scorers/.
 
     spec = parse_reward("deqa=0.4,pickscore=0.6")
-    total = score(spec, images, metas, world)["total"]                       # (N,): what a policy is trained on
+    total = score(spec, images, metas, world)["total"]       # (N,): what a policy is trained on
 
-    python rewards.py pickscore IMAGES_DIR prompts.txt                       # score anybody's images -> IMAGES_DIR/pickscore.jsonl and a summary; resumes
-    python rewards.py geneval_benchmark IMAGES_DIR evaluation_metadata.jsonl
+images are (N, 3, H, W) in [0, 1]. metas are the prompts with what they ask for, one dict an image
+(worlds/prompts.py). GenEval, OCR and quality ask the world (worlds/world.py) what it sees in them.
+`python -m scorers NAME IMAGES PROMPTS` scores a folder of images.
 
-| name | what it says | reported | weighed in a sum as |
-|---|---|---|---|
-| geneval, geneval_strict, geneval_benchmark | are the objects, counts, colours and places as the prompt asks (three forms, see geneval_score) | up to 1 | the same |
-| ocr | 1 - edits / length of the text in the prompt's double quotes | 0 to 1 | the same |
-| pickscore, clipscore | preference; agreement with the prompt | about 20 to 24; 25 to 35 | / 26, / 30 |
-| hpsv2, imagereward, aesthetic | preference, preference, looks | about 0.3; -2 to 2; 1 to 10 | the same |
-| deqa | looks, 1 to 5, 16 GB | 1 to 5 | / 5 |
-| unifiedreward, qwenvl | a vision-language model's judgement, asked of an OpenAI-compatible endpoint: $UNIFIEDREWARD_URL, $QWENVL_URL (and ..._MODEL) | 1 to 5 | / 5 |
-| jpeg_compressibility, jpeg_incompressibility | size of the file: no weights, for a first run | -kB, kB | / 500, the same |
-| quality | the tiny world's own | 0 to 1 | the same |
-
-Weights of networks are looked for in $REWARD_MODELS/NAME, then on the hub. They load once a process, at first use, in half precision on a GPU.
-
-GenEval, OCR and quality ask a `world` (tiny.py, sd3.py), which has
-    world.detect(images, metas) -> list (N) of lists of objects
-    world.read(images)          -> list (N) of str, all the text of an image as one string
-    world.quality(images)       -> (N,) array
-An object is a dict {"class": str, "score": confidence, "box": (x0, y0, x1, y1) in pixels, "color": str or None}. A detector
-returns only what it believes in: confidence thresholds and limits a class are its own. images are (N, 3, H, W) in [0, 1]; metas are the prompts
-with what they ask for, a dict each, in the schema of GenEval's prompt files:
-    {"tag", "prompt", "include": [{"class", "count", "color"?, "position"?: [relation, index of an earlier clause]}],
-     "exclude"?: [{"class", "count"}]}            (all but GenEval need only "prompt")
-
-Sources: GenEval (arXiv 2310.11513, djghosh13/geneval evaluation/evaluate_images.py); Flow-GRPO (arXiv 2505.05470,
-yifan123/flow_grpo flow_grpo/ocr.py, its training form of GenEval in yifan123/reward-server reward_server/gen_eval.py).
+Sources: GenEval (arXiv 2310.11513, djghosh13/geneval evaluation/evaluate_images.py); Flow-GRPO
+(arXiv 2505.05470, yifan123/flow_grpo flow_grpo/ocr.py; its training form of GenEval is in
+yifan123/reward-server reward_server/gen_eval.py).
 """
-import importlib
-import json
 import math
-import os
-import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
-from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
-from PIL import Image
-from tqdm import tqdm
 
-import util
+import scorers
+from plumbing import dist
+from worlds.prompts import RELATIONS, check_geneval_meta, ocr_target
 
-RELATIONS = ("left of", "right of", "above", "below")
 GENEVAL_FORMS = ("soft", "strict", "benchmark")
+
+# ------------------------------------------------------------------ GenEval
 
 
 def relative_position(a, b) -> set[str]:
-    """The set of relations for which 'a is <relation> b' holds: none, one, or two near the diagonal. y points down."""
-    box_a, box_b = np.reshape(a["box"], (2, 2)), np.reshape(b["box"], (2, 2))  # rows (x0, y0), (x1, y1)
-    offset = box_a.mean(axis=0) - box_b.mean(axis=0)                           # (2,), between the centres
-    sizes = np.abs(box_a[1] - box_a[0]) + np.abs(box_b[1] - box_b[0])          # (2,), width and height, both objects
-    # a tenth of the sizes is slack: beside means clearly beside, and large objects have to be further apart
+    """The relations for which "a is <relation> b" holds: none, one, or two near the diagonal.
+
+    a and b are objects with a "box". y points down.
+    """
+    box_a = np.reshape(a["box"], (2, 2))                 # rows (x0, y0), (x1, y1)
+    box_b = np.reshape(b["box"], (2, 2))
+    offset = box_a.mean(axis=0) - box_b.mean(axis=0)     # (2,), between the centres
+    sizes = np.abs(box_a[1] - box_a[0]) + np.abs(box_b[1] - box_b[0])
+    # A tenth of the sizes is slack: large objects have to be further apart to be clearly beside.
     clear = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * sizes, 0)
     if np.all(np.abs(clear) < 1e-3):
         return set()
-    dx, dy = clear / np.linalg.norm(offset)  # by the norm before the slack, so the slack counts against both axes
+    # The norm is taken before the slack, so the slack counts against both axes.
+    dx, dy = clear / np.linalg.norm(offset)
     holds = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
     return {relation for relation in RELATIONS if holds[relation]}
 
 
-def check_geneval_meta(meta):
-    """Raise a ValueError unless meta is in GenEval's schema (see the top of this file)."""
-    def expect(ok, got, expected):
-        if not ok:
-            raise ValueError(f"GenEval prompt {meta!r}: got {got}, expected {expected}")
+def most_confident_first(objects, name):
+    """The objects of a class.
 
-    expect(isinstance(meta, dict), type(meta).__name__, "a dict")
-    include, exclude = meta.get("include"), meta.get("exclude", [])
-    expect(isinstance(include, list) and include, f"include {include!r}", "a list of at least one clause")
-    expect(isinstance(exclude, list), f"exclude {exclude!r}", "a list of clauses")
-    for clause in include + exclude:
-        expect(isinstance(clause, dict), f"clause {clause!r}", "a dict")
-        expect(isinstance(clause.get("class"), str), f"class {clause.get('class')!r}", "a name")
-        expect(isinstance(clause.get("count"), int) and clause["count"] >= 1, f"count {clause.get('count')!r}", "an integer >= 1")
-    for i, clause in enumerate(include):
-        expect(isinstance(clause.get("color", ""), str), f"color {clause.get('color')!r}", "a name")
-        if "position" in clause:
-            position = clause["position"]
-            ok = isinstance(position, (list, tuple)) and len(position) == 2 and position[0] in RELATIONS and position[1] in range(i)
-            expect(ok, f"position {position!r} in clause {i}", f"[one of {RELATIONS}, index of an earlier clause]")
+    Of equals the last comes first, as the reversed argsort of the original gives it.
+    """
+    found = [obj for obj in objects if obj["class"] == name]
+    found.sort(key=lambda obj: obj["score"])
+    return found[::-1]
+
+
+def score_clause(clause, found, groups):
+    """How well the objects found match one clause of a prompt.
+
+    groups: the objects of each earlier clause, None where it failed.
+    Returns the parts of the soft score, and whether all is right.
+    """
+    wanted = clause["count"]
+    parts = [1 - abs(wanted - len(found)) / wanted]
+    right = len(found) == wanted
+    if not right and ("color" in clause or "position" in clause):
+        parts.append(0.0)                                # one 0, even where both were asked for
+    if right and "color" in clause:
+        n_color = sum(obj["color"] == clause["color"] for obj in found)
+        parts.append(1 - abs(wanted - n_color) / wanted)
+        right = n_color == wanted
+    if right and "position" in clause:
+        relation, index = clause["position"]
+        others = groups[index]
+        if others is None:                               # the other object failed itself
+            parts.append(0.0)
+            return parts, False
+        right = all(relation in relative_position(a, b) for a in found for b in others)
+        # A wrong position adds a 0 AND a 1 in the released reward (gen_eval.py:254 and 258). Two
+        # objects out of place so score 3/4 and not 2/3. It is kept, so that rewards compare.
+        parts += [1.0] if right else [0.0, 1.0]
+    return parts, right
 
 
 def geneval_score(objects, meta, form="soft") -> float:
-    """How well the objects found in one image match what its prompt asks for.
+    """How well the objects found in one image match the prompt.
 
-    soft: in (-inf, 1], training reward: the mean of the parts, 1 each if all is right. An object too many costs what one too
-          few costs, so a crowd makes it negative.
+    soft: in (-inf, 1], the training reward: the mean of the parts, 1 each if all is right. An
+        object too many costs as much as one too few, so a crowd makes it negative.
     strict: 0 or 1, all counts, colours and positions exactly right.
-    benchmark: 0 or 1, GenEval's own rule, the one to report.
+    benchmark: 0 or 1, GenEval's own rule, the one to report. It looks at the wanted number of most
+        confident boxes, and forgives others unless an exclude clause forbids them.
     """
     if form not in GENEVAL_FORMS:
         raise ValueError(f"GenEval form: got {form!r}, expected one of {GENEVAL_FORMS}")
     check_geneval_meta(meta)
-    parts, groups, correct = [], [], True  # groups: the objects of each clause, None where it failed
+    parts = []
+    groups = []
     for clause in meta["include"]:
-        wanted = clause["count"]
-        # most confident first; of equals the one found last, which is what the originals' reversed argsort gives
-        found = sorted(reversed([o for o in objects if o["class"] == clause["class"]]), key=lambda o: -o["score"])
-        # Where the forms differ: the benchmark looks at the wanted number of best boxes and forgives the others (unless an
-        # exclude clause forbids them); soft and strict count every box and ignore exclude clauses.
+        found = most_confident_first(objects, clause["class"])
         if form == "benchmark":
-            found = found[:wanted]
-        parts.append(1 - abs(wanted - len(found)) / wanted)
-        right = len(found) == wanted
-        if not right and ("color" in clause or "position" in clause):
-            parts.append(0.0)  # one 0, even where both were asked for
-        if right and "color" in clause:
-            n_color = sum(o["color"] == clause["color"] for o in found)
-            parts.append(1 - abs(wanted - n_color) / wanted)
-            right = n_color == wanted
-        if right and "position" in clause:
-            relation, index = clause["position"]
-            target = groups[index]
-            right = target is not None and all(relation in relative_position(a, b) for a in found for b in target)
-            # A wrong position adds a 0 AND a 1 in the released reward (gen_eval.py:254 and 258), so it scores 3/4 and not 2/3
-            # of two objects in place; kept, so that rewards compare. A target that failed itself adds the 0 alone.
-            parts += [1.0] if right else [0.0] if target is None else [0.0, 1.0]
+            found = found[:clause["count"]]
+        its_parts, right = score_clause(clause, found, groups)
+        parts += its_parts
         groups.append(found if right else None)
-        correct = correct and right
     if form == "soft":
         return sum(parts) / len(parts)
+    correct = None not in groups
     if form == "benchmark":
         for clause in meta.get("exclude", []):
-            correct = correct and sum(o["class"] == clause["class"] for o in objects) < clause["count"]
+            n = sum(obj["class"] == clause["class"] for obj in objects)
+            correct = correct and n < clause["count"]
     return float(correct)
 
 
+# ------------------------------------------------------------------ OCR
+
+
 def edit_distance(a, b) -> int:
-    """Levenshtein distance: the fewest insertions, deletions and substitutions of one character that turn a into b."""
-    row = list(range(len(b) + 1))  # row[j]: distance between the part of a read so far and b[:j]
+    """Levenshtein: the fewest insertions, deletions and substitutions that turn a into b."""
+    row = list(range(len(b) + 1))                        # row[j]: from a, read so far, to b[:j]
     for i, char_a in enumerate(a, 1):
-        above_left, row[0] = row[0], i
+        above_left = row[0]
+        row[0] = i
         for j, char_b in enumerate(b, 1):
-            above_left, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above_left + (char_a != char_b))
+            substituted = above_left + (char_a != char_b)
+            above_left = row[j]
+            row[j] = min(row[j] + 1, row[j - 1] + 1, substituted)
     return row[-1]
 
 
-def ocr_target(prompt) -> str:
-    """The text that the prompt asks for: what stands between its first pair of double quotes."""
-    pieces = prompt.split('"')
-    if len(pieces) < 3 or not pieces[1].replace(" ", ""):
-        raise ValueError(f'OCR prompt: got {prompt!r}, expected the wanted text in straight double quotes, as in: a sign saying "open"')
-    return pieces[1]
-
-
 def ocr_score(read, prompt) -> float:
-    """1 - edits / length of the wanted text, in [0, 1]; case and spaces do not count, and nor does text around the wanted one."""
-    read, target = (text.replace(" ", "").lower() for text in (read, ocr_target(prompt)))
+    """1 - edits / length of the wanted text, in [0, 1].
+
+    Case and spaces do not count, and text around the wanted one does not either.
+    """
+    read = read.replace(" ", "").lower()
+    target = ocr_target(prompt).replace(" ", "").lower()
     edits = 0 if target in read else edit_distance(read, target)
     return 1 - min(edits, len(target)) / len(target)
 
 
-def one_each(name, results, metas):
-    """Pairs (result, meta); zip alone would drop images from the end without a word."""
+# ------------------------------------------------------------------ the one table
+
+
+@dataclass
+class Reward:
+    """A line of the table.
+
+    score: a function (images, metas, world) -> (N,) numbers, as the reward is reported.
+    scale: the reported score is divided by it in a weighted sum, and in the average of eval.py.
+    where: the network in scorers/ that gives the score, if there is one.
+    cheap: it needs no network in the tiny world, so more prompts are checked at the start.
+    """
+    score: Callable
+    scale: float = 1.0
+    where: str = ""
+    cheap: bool = False
+
+
+def for_each_image(name, results, metas):
+    """Pairs (result, meta). zip alone would drop images from the end without a word."""
     if len(results) != len(metas):
-        raise ValueError(f"reward {name}: got results for {len(results)} images, expected {len(metas)}")
+        raise ValueError(f"reward {name}: got results for {len(results)} images, "
+                         f"expected {len(metas)}")
     return zip(results, metas)
 
 
-def geneval_reward(name, form):
+def geneval(form):
+    name = "geneval" if form == "soft" else f"geneval_{form}"
+
     def reward(images, metas, world):
-        pairs = one_each(name, world.detect(images, metas), metas)
-        return np.array([geneval_score(objects, meta, form) for objects, meta in pairs], dtype=np.float32)
-    return reward
+        found = for_each_image(name, world.detect(images, metas), metas)
+        return [geneval_score(objects, meta, form) for objects, meta in found]
+    return Reward(reward, cheap=True)
 
 
-def ocr_reward(images, metas, world):
-    pairs = one_each("ocr", world.read(images), metas)
-    return np.array([ocr_score(text, meta["prompt"]) for text, meta in pairs], dtype=np.float32)
+def ocr(images, metas, world):
+    texts = for_each_image("ocr", world.read(images), metas)
+    return [ocr_score(text, meta["prompt"]) for text, meta in texts]
 
 
-def quality_reward(images, metas, world):
-    if not hasattr(world, "quality"):
-        raise ValueError("reward quality: is the tiny world's own; expected deqa, pickscore, aesthetic, ... for real pictures")
-    return np.asarray(world.quality(images), dtype=np.float32)
+def quality(images, metas, world):
+    return world.quality(images)
 
 
-# ------------------------------------------------------------------ networks and judges: loaded at first use
-
-
-def judge(name, model):
-    """A vision-language judge of scorers.py, where $NAME_URL says it is."""
-    def make(device, dtype):
-        import scorers
-        url = os.environ.get(f"{name.upper()}_URL")
-        if not url:
-            raise ValueError(f"reward {name}: is asked of an OpenAI-compatible endpoint, but ${name.upper()}_URL is not set, e.g. http://127.0.0.1:8000/v1")
-        how = scorers.UNIFIED_REWARD if name == "unifiedreward" else scorers.QWEN_VL
-        return scorers.VLMJudge(url, os.environ.get(f"{name.upper()}_MODEL", model), **how)
-    return make
-
-
-def network(module, name):
-    return lambda device, dtype: getattr(importlib.import_module(module), name)(device, dtype)
-
-
-# name -> function (device, dtype) that loads it
-SCORERS = {"detector": network("detectors", "Detector"), "reader": network("detectors", "Reader"), "deqa": network("deqa", "DeQA"),
-           "pickscore": network("scorers", "PickScore"), "clipscore": network("scorers", "CLIPScore"), "hpsv2": network("scorers", "HPSv2"),
-           "imagereward": network("scorers", "ImageReward"), "aesthetic": network("scorers", "Aesthetic"),
-           "unifiedreward": judge("unifiedreward", "UnifiedReward-7b-v1.5"), "qwenvl": judge("qwenvl", "Qwen2.5-VL-7B-Instruct")}
-LOADED = {}
-
-
-def scorer(name, device):
-    """The scorer called name, loaded once a process and then kept, on device."""
-    device = torch.device(device)
-    if name not in LOADED:
-        LOADED[name] = SCORERS[name](device, torch.float16 if device.type == "cuda" else torch.float32)
-    LOADED[name].net.to(device)          # free where it is there already
-    return LOADED[name]
-
-
-def offload():
-    """Move all loaded scorers to the CPU, out of the policy's way. Their next use brings them back."""
-    for one in LOADED.values():
-        one.net.to("cpu")
-
-
-def scorer_reward(name):
+def network(where, scale=1.0):
+    """A reward that a network of scorers/ gives, loaded at first use."""
     def reward(images, metas, world):
-        return scorer(name, images.device)(images, [meta["prompt"] for meta in metas]).numpy()
-    return reward
+        prompts = [meta["prompt"] for meta in metas]
+        return scorers.get(where, images.device)(images, prompts).numpy()
+    return Reward(reward, scale, where)
 
 
-def jpeg_reward(sign):
+def jpeg(sign, scale=1.0):
     def reward(images, metas, world):
-        from scorers import jpeg_incompressibility
+        from scorers.jpeg import jpeg_incompressibility
         return sign * jpeg_incompressibility(images).numpy()
-    return reward
+    return Reward(reward, scale)
 
 
-# name -> function (images, metas, world) -> (N,) float32, as the score is reported
 REWARDS = {
-    "geneval": geneval_reward("geneval", "soft"),
-    "geneval_strict": geneval_reward("geneval_strict", "strict"),
-    "geneval_benchmark": geneval_reward("geneval_benchmark", "benchmark"),
-    "ocr": ocr_reward,
-    "quality": quality_reward,
-    **{name: scorer_reward(name) for name in SCORERS if name not in ("detector", "reader")},
-    "jpeg_compressibility": jpeg_reward(-1),
-    "jpeg_incompressibility": jpeg_reward(1),
+    # name                                             # says; is reported as
+    "geneval": geneval("soft"),                        # are objects, counts, colours and places
+    "geneval_strict": geneval("strict"),               # as asked; three forms, see geneval_score
+    "geneval_benchmark": geneval("benchmark"),
+    "ocr": Reward(ocr, cheap=True),                    # is the text as quoted; 0 to 1
+    "quality": Reward(quality, cheap=True),            # the tiny world's own; 0 to 1
+    "pickscore": network("clip.PickScore", 26),        # preference; about 20 to 24
+    "clipscore": network("clip.CLIPScore", 30),        # agreement with the prompt; 25 to 35
+    "hpsv2": network("clip.HPSv2"),                    # preference; about 0.3
+    "imagereward": network("imagereward.ImageReward"),  # preference; -2 to 2
+    "aesthetic": network("clip.Aesthetic"),            # looks; 1 to 10
+    "deqa": network("deqa.DeQA", 5),                   # looks; 1 to 5, 16 GB
+    "unifiedreward": network("judge.UnifiedReward", 5),  # a judge at $UNIFIEDREWARD_URL; 1 to 5
+    "qwenvl": network("judge.QwenVL", 5),              # a judge at $QWENVL_URL; 1 to 5
+    "jpeg_compressibility": jpeg(-1, 500),             # size of the file; -kB
+    "jpeg_incompressibility": jpeg(1),                 # kB
 }
-# What a score is divided by in a weighted sum, as the peers do (scorers.py says where), and in the average that eval.py forms.
-SCALE = {"pickscore": 26, "clipscore": 30, "deqa": 5, "unifiedreward": 5, "qwenvl": 5, "jpeg_compressibility": 500}
-
-
-CHEAP = {"geneval", "geneval_strict", "geneval_benchmark", "ocr", "quality"}      # in the tiny world; checked on more prompts
 
 
 def parse_reward(spec: str) -> dict[str, float]:
-    """'geneval' -> {'geneval': 1.0}; 'geneval=0.5,ocr=0.5' -> {'geneval': 0.5, 'ocr': 0.5}."""
+    """"geneval" -> {"geneval": 1.0}; "geneval=0.5,ocr=0.5" -> {"geneval": 0.5, "ocr": 0.5}."""
     weights = {}
     for item in spec.split(","):
         name, equals, weight = (part.strip() for part in item.partition("="))
@@ -270,18 +237,19 @@ def parse_reward(spec: str) -> dict[str, float]:
         except ValueError:
             weights[name] = math.nan
         if not 0 < weights[name] < math.inf:
-            raise ValueError(f"reward {spec!r}: got weight {weight!r} for {name}, expected a positive, finite number")
+            raise ValueError(f"reward {spec!r}: got weight {weight!r} for {name}, "
+                             "expected a positive, finite number")
     return weights
 
 
 class DetectOnce:
-    """A world whose detector, the costly part, runs once on a batch however many GenEval forms the spec names."""
+    """A world seen through one batch: its detector, the costly part, runs at most once."""
 
     def __init__(self, world):
-        self.world, self.found = world, None
-
-    def __getattr__(self, name):  # read and quality
-        return getattr(self.world, name)
+        self.world = world
+        self.read = world.read
+        self.quality = world.quality
+        self.found = None
 
     def detect(self, images, metas):
         if self.found is None:
@@ -289,127 +257,97 @@ class DetectOnce:
         return self.found
 
 
-def score(spec: dict, images, metas, world) -> dict:
-    """Every reward of spec, {name: weight}, on N images: {name: (N,) float32 as reported, ..., "total": sum of weight * score / SCALE, (N,) float32}.
+def score(spec, images, metas, world) -> dict:
+    """Score N images by every reward of spec, {name: weight}.
 
-    DEVIATION: flow_grpo gives an image the lowest score when its reader fails. A reward that fails raises here, since a 0 that
-    no image has earned would be trained on.
+    Returns {name: (N,) float32 as reported, ..., "total": sum of weight * score / scale, (N,)}.
+    DEVIATION: flow_grpo gives an image the lowest score when its reader fails. A reward that fails
+    raises here, since a 0 that no image has earned would be trained on.
     """
-    world, parts = DetectOnce(world), {}
+    world = DetectOnce(world)
+    parts = {}
     for name in spec:
-        values = REWARDS[name](images, metas, world)
+        values = np.asarray(REWARDS[name].score(images, metas, world), dtype=np.float32)
         if values.shape != (len(metas),) or not np.isfinite(values).all():
-            raise ValueError(f"reward {name}: got shape {values.shape}, {np.sum(~np.isfinite(values))} of its values not finite, "
+            raise ValueError(f"reward {name}: got shape {values.shape}, "
+                             f"{np.sum(~np.isfinite(values))} of its values not finite, "
                              f"expected ({len(metas)},) finite numbers")
         parts[name] = values
-    return {**parts, "total": sum(weight * parts[name] / SCALE.get(name, 1) for name, weight in spec.items())}
+    total = sum(weight * parts[name] / REWARDS[name].scale for name, weight in spec.items())
+    return {**parts, "total": total}
 
 
 def check_rewards(rewards, model, world, split="train", device="cpu"):
-    """Score grey images, on the device, against some prompts of each task: a reward that does not fit its task, or can't be reached, stops here.
+    """Score grey images against some prompts of each task, on the device.
 
-    rewards: {task: spec}. What has weights is loaded by this, before any time is spent on sampling.
+    A reward that does not fit its task, or cannot be reached, so stops here. Whatever has weights
+    is loaded by this, before any time is spent on sampling. rewards: {task: spec}.
     """
     images = torch.full((4, 3, model.resolution, model.resolution), 0.5, device=device)
     for task, spec in rewards.items():
-        metas = [world.draw_prompt(np.random.default_rng(seed), task, split) for seed in range(16)]
+        metas = []
+        for seed in range(16):
+            metas.append(world.draw_prompt(np.random.default_rng(seed), task, split))
+        if not all(REWARDS[name].cheap for name in spec):
+            metas = metas[:4]
         try:
-            for i in range(0, 16, 4) if set(spec) <= CHEAP else (0,):
+            for i in range(0, len(metas), 4):
                 score(spec, images, metas[i:i + 4], world)
-        except ValueError as e:
-            raise ValueError(f"--reward {'+'.join(spec)} does not fit task '{task}': {e}") from None
+        except ValueError as error:
+            raise ValueError(f"--reward {'+'.join(spec)} does not fit task '{task}': "
+                             f"{error}") from None
 
 
-# ------------------------------------------------------------------ command line: score a folder
+class Judge:
+    """Scores images in a thread of its own while the next are sampled, each by its task's reward.
 
+    rewards: {task: spec}. submit() takes the images of an iteration piece by piece, totals() waits
+    for them.
+    """
 
-@dataclass
-class Config:
-    name: str = ""                    # a reward, or a sum such as deqa=0.4,pickscore=0.6
-    images: str = ""                  # folder of images; in the order of their numbers they go with the prompts, k to each if there are k times as many
-    prompts: str = ""                 # a .txt with one prompt a line, or GenEval's .jsonl
-    world: str = "sd3"                # whose detector and reader: sd3 or tiny
-    out: str = ""                     # where to (default: IMAGES/NAME.jsonl); rows of unchanged images in it are not scored again
-    batch: int = 8                    # images at a time
-    device: str = "auto"              # auto, cuda, mps, cpu
+    def __init__(self, rewards, model, world):
+        self.rewards = rewards
+        self.model = model
+        self.world = world
+        self.thread = ThreadPoolExecutor(1)
+        self.waiting = []
+        self.rows = []               # of the last iteration: an image's task, components and total
 
+    def rate(self, latents, metas):
+        images = self.model.images(latents)
+        rows = [None] * len(metas)
+        for task, spec in self.rewards.items():
+            theirs = [j for j, meta in enumerate(metas) if meta["task"] == task]
+            if not theirs:
+                continue
+            scores = score(spec, images[theirs], [metas[j] for j in theirs], self.world)
+            for n, j in enumerate(theirs):
+                values = {name: float(column[n]) for name, column in scores.items()}
+                rows[j] = {"task": task, **values}
+        return rows
 
-def read_image(path):
-    """(3, H, W) in [0, 1]."""
-    try:
-        return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) / 255
-    except OSError as e:
-        raise ValueError(f"{path}: is not an image that Pillow reads: {e}") from None
+    def submit(self, latents, metas):
+        """latents (b, C, H, W), b prompts."""
+        self.waiting.append(self.thread.submit(self.rate, latents, metas))
 
+    def totals(self):
+        """The rewards of all images submitted since the last call, in their order."""
+        self.rows = []
+        for future in self.waiting:
+            self.rows += future.result()
+        self.waiting = []
+        return [row["total"] for row in self.rows]
 
-def place(path):
-    """Images are in the order of the last number in their names (0009.png, 10.png, PROMPT_000011.png), then of the names."""
-    numbers = re.findall(r"\d+", path.stem)
-    return int(numbers[-1]) if numbers else -1, path.name
-
-
-def stamp(path):
-    """What tells that an image is still the one that was scored."""
-    return [path.stat().st_size, path.stat().st_mtime_ns]
-
-
-def already(path):
-    """The rows that a stopped run has left, by image; a line that was cut short is forgotten."""
-    rows = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-            rows[row["image"]] = row
-        except json.JSONDecodeError:
-            pass
-    return rows
-
-
-def main(cfg):
-    from prompts import read_file      # which imports this file
-    _, _, device = util.setup(cfg.device)
-    if not (cfg.name and cfg.images and cfg.prompts) or cfg.world not in ("sd3", "tiny") or cfg.batch < 1:
-        raise ValueError(f"--world {cfg.world} --batch {cfg.batch}: expected python rewards.py NAME IMAGES_DIR PROMPTS_FILE, a world sd3 or tiny, "
-                         "a batch of at least 1")
-    spec, world = parse_reward(cfg.name), importlib.import_module(cfg.world)
-    metas = read_file(cfg.prompts, next((task for task in ("geneval", "ocr") if any(task in name for name in spec)), "prompt"), world)
-    files = sorted((f for f in Path(cfg.images).glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")), key=place)
-    if not files or len(files) % len(metas):
-        raise ValueError(f"{cfg.images}: has {len(files)} images for the {len(metas)} prompts of {cfg.prompts}; expected as many, or a whole multiple")
-    each, out = len(files) // len(metas), Path(cfg.out or Path(cfg.images) / f"{cfg.name}.jsonl")
-    rows = already(out)
-    def done(file, meta):
-        row = rows.get(file.name, {})
-        return row.get("prompt") == meta["prompt"] and row.get("stamp") == stamp(file) and set(spec) <= set(row)
-
-    todo = [(file, metas[i // each]) for i, file in enumerate(files) if not done(file, metas[i // each])]
-    rows = {file.name: rows[file.name] for i, file in enumerate(files) if done(file, metas[i // each])}
-    util.write_atomic(out, "".join(json.dumps(row) + "\n" for row in rows.values()))      # what is kept, without a half line at its end
-    bar = tqdm(total=len(files), initial=len(files) - len(todo), desc=cfg.name, unit="image")
-    for chunk in (todo[i:i + cfg.batch] for i in range(0, len(todo), cfg.batch)):
-        pairs = [(read_image(file), file, meta) for file, meta in chunk]
-        for _, same in groupby(pairs, key=lambda pair: pair[0].shape):
-            images, names, part = zip(*same)
-            scores = score(spec, torch.stack(images).to(device), list(part), world)
-            new = [{"image": file.name, "prompt": meta["prompt"], "tag": meta["tag"], "stamp": stamp(file),
-                    **{name: float(v[j]) for name, v in scores.items()}} for j, (file, meta) in enumerate(zip(names, part))]
-            with open(out, "a") as f:
-                f.write("".join(json.dumps(row) + "\n" for row in new))
-            rows.update({row["image"]: row for row in new})
-            bar.update(len(new))
-    bar.close()
-    tags, summary = sorted({meta["tag"] for meta in metas}), {}
-    for name in (*spec, "total"):
-        values = {tag: np.array([rows[f.name][name] for f in files if rows[f.name]["tag"] == tag]) for tag in tags}
-        both = np.concatenate(list(values.values()))
-        summary[name] = {"mean": float(both.mean()), "standard error": float(both.std(ddof=1) / len(both) ** 0.5) if len(both) > 1 else None,
-                         "images": len(both)}
-        if len(tags) > 1:
-            by_tag = {tag: float(v.mean()) for tag, v in values.items()}
-            summary[name].update({"mean of the tags' means": float(np.mean(list(by_tag.values()))), **by_tag})
-    util.write_atomic(out.with_suffix(".summary.json"), json.dumps(summary, indent=1))
-    print(json.dumps(summary, indent=1), f"\nwrote {out} and {out.with_suffix('.summary.json')}")
-
-
-if __name__ == "__main__":
-    util.run(main, Config, positional=("name", "images", "prompts"))
+    def components(self):
+        """The mean over all ranks of each part of a reward that is a sum: {"TASK/NAME": mean}."""
+        names = []
+        for task, spec in self.rewards.items():
+            if len(spec) > 1:
+                names += [(task, name) for name in spec]
+        table = []
+        for row in self.rows:
+            table.append([row[name] if row["task"] == task else math.nan for task, name in names])
+        means = dist.gather(torch.tensor(table, device=self.model.mmdit.pos_embed.device))
+        means = means.nanmean(0).tolist()
+        return {f"{task}/{name}": mean for (task, name), mean in zip(names, means)
+                if not math.isnan(mean)}

@@ -1,33 +1,44 @@
 """
-Sampling a flow-matching model, and the density of what was sampled. Everything GRPO and OPD need of the sampler is here.
+Sampling a flow-matching model, and the density of what was sampled.
+
+Everything that GRPO and OPD need of a sampler is here, and both speak in three words:
+
+    policy = Policy(net, "ocr", guidance=4.5)         # a velocity field: v = policy(x, t, text)
+    sampler = Sampler(schedule(10), "sde", 0.7, range(9))
+    trajectory = sampler.rollout(policy, noise, text)
+    states = visited(trajectory, steps, images, sampler)      # a list of States
 
 | symbol | meaning |
 |---|---|
-| B, G, K, L, D | images in a batch; images of one prompt; steps of a trajectory; text tokens; width |
-| t, t_next, dt | flow time, 1 = noise, 0 = image; a step goes t -> t_next < t; dt = t - t_next > 0 |
+| B, G, K, L, D | images in a batch; images of one prompt; steps; text tokens; width |
+| t, t_next, dt | flow time: 1 = noise, 0 = image; a step goes t -> t_next < t; dt = t - t_next |
 | x, x_next | latents before and after a step |
-| v | velocity dx/dt = eps - x_0, what the network gives |
-| mean, std | of the step's Gaussian; std = sigma_t sqrt(dt) |
-| sigma_t | the SDE's noise rate, and nothing else |
-| logp, ratio, adv, reward, kl | as in PPO; logp and kl are nats per latent element (averaged over C*H*W, not summed) |
+| v | velocity dx/dt = eps - x_0, the output of the network |
+| mean, std | of the Gaussian of a step; std = sigma_t sqrt(dt) |
+| sigma_t | the noise rate of the SDE, and nothing else |
+| logp, ratio, adv, kl | as in PPO; logp and kl are nats per latent element (averaged over C*H*W) |
 | context, pooled | the prompt, as token vectors and as one vector |
-| student, teachers[task], anchor | the adapter that learns, those it learns from, the task-agnostic quality teacher |
 
-Papers: Flow-GRPO arXiv 2505.05470 (the SDE); CPS arXiv 2509.05952; SD3 arXiv 2403.03206 (schedule); Flow-OPD arXiv 2605.08063.
+Papers: Flow-GRPO arXiv 2505.05470 (the SDE); CPS arXiv 2509.05952; SD3 arXiv 2403.03206 (schedule);
+Flow-OPD arXiv 2605.08063.
 """
+import hashlib
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from model import Route
-from util import generator
+from plumbing import dist
 
 
 def schedule(n, shift=3.0):
-    """n + 1 flow times from 1 to 0, float32: diffusers' FlowMatchEulerDiscreteScheduler(shift=3.0).set_timesteps(n).
+    """n + 1 flow times from 1 to 0, float32.
 
-    The shift acts twice at the tail (u_min is itself a shifted time), there and so here.
+    They are those of diffusers' FlowMatchEulerDiscreteScheduler(shift=3.0).set_timesteps(n). The
+    shift acts twice at the tail (u_min is itself a shifted time), there and so here.
     """
     u_min = shift * 0.001 / (1 + (shift - 1) * 0.001)
     u = torch.linspace(1, u_min, n, dtype=torch.float64)
@@ -35,83 +46,115 @@ def schedule(n, shift=3.0):
     return torch.cat([t, torch.zeros(1, dtype=torch.float64)]).float()
 
 
-# ------------------------------------------------------------------ the velocity, with guidance: the one place
+# ------------------------------------------------------------------ the velocity, with guidance
 
 
 class Text(NamedTuple):
-    """A batch's prompts as vectors, and the empty prompt's (null) for guidance: context (B, L, .), pooled (B, .)."""
-    context: torch.Tensor
-    pooled: torch.Tensor
-    null_context: torch.Tensor
-    null_pooled: torch.Tensor
+    """The prompts of a batch as vectors, and the empty prompt (null) for guidance."""
+    context: Tensor          # (B, L, .)
+    pooled: Tensor           # (B, .)
+    null_context: Tensor     # (B, L, .)
+    null_pooled: Tensor      # (B, .)
 
     def rows(self, i):
-        return Text(*(a[i] for a in self))
+        return Text(*(part[i] for part in self))
 
 
 @torch.no_grad()
 def encode(text_encoder, prompts):
-    """Each distinct prompt is encoded once, whatever its number of images."""
+    """Prompts (B strings) -> Text. Each distinct prompt is encoded once."""
     distinct = list(dict.fromkeys(prompts)) + [""]
     context, pooled = text_encoder(distinct)
-    at = [distinct.index(p) for p in prompts]
-    null_context, null_pooled = (x[-1:].expand(len(prompts), *x.shape[1:]) for x in (context, pooled))
+    at = [distinct.index(prompt) for prompt in prompts]
+    null_context = context[-1:].expand(len(prompts), *context.shape[1:])
+    null_pooled = pooled[-1:].expand(len(prompts), *pooled.shape[1:])
     return Text(context[at], pooled[at], null_context, null_pooled)
 
 
 def branches(net, x, t, text, adapter=None):
-    """(v_null, v_text) from one forward: without the prompt and with it. x (B, C, H, W), t (B,) -> (B, C, H, W) each."""
+    """The velocity without the prompt and with it, from one forward pass: (B, C, H, W) each."""
     if isinstance(adapter, Route):
         adapter = Route(adapter.names, adapter.index.repeat(2))
-    return net(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([text.null_context, text.context]), torch.cat([text.null_pooled, text.pooled]), adapter).chunk(2)
+    context = torch.cat([text.null_context, text.context])
+    pooled = torch.cat([text.null_pooled, text.pooled])
+    return net(x.repeat(2, 1, 1, 1), t.repeat(2), context, pooled, adapter).chunk(2)
 
 
 def velocity(net, x, t, text, guidance=1.0, adapter=None):
-    """v_g = v_null + w (v_text - v_null); w = 1 needs half the work. x (B, C, H, W), t (B,) -> (B, C, H, W)."""
+    """v_null + w (v_text - v_null); w = 1 needs half of the work. Like x (B, C, H, W); t (B,)."""
     if guidance == 1:
         return net(x, t, text.context, text.pooled, adapter)
     v_null, v_text = branches(net, x, t, text, adapter)
     return v_null + guidance * (v_text - v_null)
 
 
-# ------------------------------------------------------------------ one step: (mean, std) of x_next given x and v
+@dataclass
+class Policy:
+    """A velocity field: a network, the adapter it runs through, and its guidance."""
+    net: torch.nn.Module
+    adapter: str | Route | None = None       # None: the network without an adapter
+    guidance: float = 1.0
+    both: bool = False                       # give both branches instead of the guided velocity
+
+    def __call__(self, x, t, text):
+        """x (B, C, H, W), t (B,) -> v (B, C, H, W) float32, or (B, 2 C, H, W) for both."""
+        if self.both:
+            return torch.cat(branches(self.net, x, t, text, self.adapter), 1).float()
+        return velocity(self.net, x, t, text, self.guidance, self.adapter).float()
+
+
+# ------------------------------------------------------------------ one step: (mean, std) of x_next
 
 
 def expand(t, x):
-    """A time (B,) or a number, shaped to multiply x (B, C, H, W), in x's device and dtype."""
+    """A time (B,) or a number, shaped to multiply x (B, C, H, W), in its device and dtype."""
     return torch.as_tensor(t, device=x.device, dtype=x.dtype).reshape(-1, 1, 1, 1)
 
 
 def ode_step(x, v, t, t_next):
-    """Euler: x_next = x - dt v, no noise."""
-    t, t_next = expand(t, x), expand(t_next, x)
+    """Euler: x_next = x - dt v, without noise."""
+    t = expand(t, x)
+    t_next = expand(t_next, x)
     return x - (t - t_next) * v, torch.zeros_like(t)
 
 
 def sde_sigma(t, t_second, a):
-    """sigma_t = a sqrt(t / (1 - t)) (Flow-GRPO eq. 9); at t = 1 the 1 - t takes the second time of the schedule instead."""
+    """sigma_t = a sqrt(t / (1 - t)) (Flow-GRPO eq. 9).
+
+    At t = 1 the 1 - t takes t_second, the second time of the schedule, instead of t.
+    """
     return a * (t / (1 - torch.where(t >= 1, t_second, t))).sqrt()
 
 
 def sde_step(x, v, t, t_next, a, t_second):
-    """The SDE with the ODE's marginals. t, t_next (B,) or numbers; t_second: the schedule's second time. Returns mean like x, std."""
-    t, t_next, t_second = expand(t, x), expand(t_next, x), expand(t_second, x)
-    dt, sigma = t - t_next, sde_sigma(t, t_second, a)
+    """The SDE that has the marginals of the ODE. t, t_next: (B,) or numbers."""
+    t = expand(t, x)
+    t_next = expand(t_next, x)
+    dt = t - t_next
+    sigma = sde_sigma(t, expand(t_second, x), a)
     # x_next = x - [v + sigma^2 / (2 t) (x + (1 - t) v)] dt + sigma sqrt(dt) z
-    mean = x * (1 - sigma ** 2 * dt / (2 * t)) - v * (1 + sigma ** 2 * (1 - t) / (2 * t)) * dt
+    drift_x = 1 - sigma ** 2 * dt / (2 * t)
+    drift_v = 1 + sigma ** 2 * (1 - t) / (2 * t)
+    mean = x * drift_x - v * drift_v * dt
     return mean, sigma * dt.sqrt()
 
 
 def cps_step(x, v, t, t_next, a):
-    """Coefficients-preserving sampling: exactly the noise level that t_next asks for, whatever a; none is left at t_next = 0."""
-    t, t_next = expand(t, x), expand(t_next, x)
+    """Coefficients-preserving sampling: x_next has exactly the noise level t_next, whatever a is.
+
+    So no noise is left at t_next = 0.
+    """
+    t = expand(t, x)
+    t_next = expand(t_next, x)
     std = t_next * math.sin(a * math.pi / 2)
-    x0_hat, eps_hat = x - t * v, x + (1 - t) * v
-    return (1 - t_next) * x0_hat + (t_next ** 2 - std ** 2).sqrt() * eps_hat, std
+    x0_hat = x - t * v
+    eps_hat = x + (1 - t) * v
+    mean = (1 - t_next) * x0_hat + (t_next ** 2 - std ** 2).sqrt() * eps_hat
+    return mean, std
 
 
 def step(kind, x, v, t, t_next, a, t_second):
-    """kind "sde", "cps" or "ode" -> mean (B, C, H, W), std (B or 1, 1, 1, 1)."""
+    """kind "sde", "cps" or "ode" -> mean (B, C, H, W) and std (B or 1, 1, 1, 1) of x_next."""
     if kind == "sde":
         return sde_step(x, v, t, t_next, a, t_second)
     if kind == "cps":
@@ -123,17 +166,22 @@ def step(kind, x, v, t, t_next, a, t_second):
 def log_prob(x_next, mean, std):
     """log N(x_next; mean, std^2), averaged over elements: (B,), nats per latent element.
 
-    DEVIATION: a density is the SUM over elements; the released Flow-GRPO averages. The ratio exp(logp - logp_old) then is the
-    C*H*W-th root of the true one and stays close to 1, which is why its PPO clip range is 1e-4 and not 0.2.
+    DEVIATION: a density is the SUM over elements; the released Flow-GRPO averages. Its ratio
+    exp(logp - logp_old) is then the C*H*W-th root of the true one and stays close to 1. That is why
+    its PPO clip range is 1e-4 and not 0.2.
     """
-    return (-((x_next - mean) / std) ** 2 / 2 - std.log() - math.log(2 * math.pi) / 2).flatten(1).mean(1)
+    logp = -((x_next - mean) / std) ** 2 / 2 - std.log() - math.log(2 * math.pi) / 2
+    return logp.flatten(1).mean(1)
 
 
 def gaussian_kl(mean_p, mean_q, std):
-    """KL(N(mean_p, std^2) || N(mean_q, std^2)) = mean of (mean_p - mean_q)^2 / (2 std^2) over elements: (B,), nats per latent element.
+    """KL(N(mean_p, std^2) || N(mean_q, std^2)), averaged over elements: (B,), nats per element.
 
-    The step's mean is affine in v, so for the SDE this is w(t) mean (v_p - v_q)^2, w(t) = dt/2 (sigma_t (1 - t) / (2 t) + 1 / sigma_t)^2.
-    DEVIATION: averaged over elements as log_prob is; and std^2 = sigma_t^2 dt is the step's variance, where the released code has sigma_t^2.
+    It is the mean of (mean_p - mean_q)^2 / (2 std^2). The mean of a step is affine in v. So for the
+    SDE this is w(t) mean (v_p - v_q)^2, with
+    w(t) = dt / 2 (sigma_t (1 - t) / (2 t) + 1 / sigma_t)^2.
+    DEVIATION: averaged over elements as log_prob is; and std^2 = sigma_t^2 dt, the variance of the
+    step, where the released code has sigma_t^2.
     """
     return ((mean_p - mean_q) ** 2 / (2 * std ** 2)).flatten(1).mean(1)
 
@@ -141,43 +189,171 @@ def gaussian_kl(mean_p, mean_q, std):
 # ------------------------------------------------------------------ whole trajectories
 
 
-def draw_noise(keys, K, shape):
-    """Gaussian noise (B, K + 1, *shape) for B trajectories: [:, 0] to start from, [:, 1 + k] for step k.
+def generator(*key):
+    """A CPU random generator from any key: the same on every machine, rank and resume."""
+    plain = [k.item() if hasattr(k, "item") else k for k in key]      # 3 and numpy's 3 are one key
+    digest = hashlib.sha256(repr(plain).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
-    Each trajectory has its own key and so its own numbers, however the batch is cut over minibatches and ranks.
+
+def draw_noise(keys, K, shape):
+    """Noise (B, K + 1, *shape) of B trajectories: [:, 0] to start from, [:, 1 + k] for step k.
+
+    Each trajectory has its own key, and so its own numbers, however the batch is cut.
     """
-    return torch.stack([torch.randn(K + 1, *shape, generator=generator(*key), dtype=torch.float32) for key in keys])
+    noise = [torch.randn(K + 1, *shape, generator=generator(*key)) for key in keys]
+    return torch.stack(noise)
 
 
 class Trajectory(NamedTuple):
-    x: torch.Tensor          # (B, K + 1, C, H, W) float32: x[:, k] is the state before step k, x[:, K] the sample
-    logp: torch.Tensor       # (B, K), nats per element; 0 where a step had no noise
-    v: torch.Tensor          # (B, K, C, H, W) float32: the velocity that step k took
+    """B trajectories. States are kept in float32, whatever the network computes in."""
+    x: Tensor                # (B, K + 1, C, H, W); x[:, k] is before step k, x[:, K] the sample
+    logp: Tensor             # (B, K), nats per element; 0 where a step had no noise
+    v: Tensor                # (B, K, C, H, W), the velocity that step k took
+
+
+@dataclass
+class Sampler:
+    """A schedule, and how its steps take noise."""
+    times: Tensor            # (K + 1,), from 1 to 0
+    kind: str                # "sde" or "cps": the noise, and the density of a step
+    a: float                 # noise level
+    noisy: range             # the steps that take noise; the others follow the ODE
+
+    def gaussian(self, x, v, k):
+        """mean and std of x_next after step k (B,) from x (B, C, H, W) under velocity v.
+
+        v may hold both branches side by side; then mean does too.
+        """
+        x = torch.cat([x] * (v.shape[1] // x.shape[1]), 1)
+        t = self.times[k]
+        t_next = self.times[k + 1]
+        return step(self.kind, x, v, t, t_next, self.a, self.times[1])
+
+    @torch.no_grad()
+    def rollout(self, policy, noise, text):
+        """Sample B trajectories of the policy. noise (B, K + 1, C, H, W), as draw_noise gives."""
+        x = noise[:, 0].float()
+        xs = [x]
+        logps = []
+        vs = []
+        for k in range(len(self.times) - 1):
+            t = self.times[k].expand(len(x))
+            v = velocity(policy.net, x, t, text, policy.guidance, policy.adapter).float()
+            if k in self.noisy:
+                mean, std = self.gaussian(x, v, k)
+                x = mean + std * noise[:, k + 1]
+                # The last step of CPS has no noise and so no density.
+                logp = log_prob(x, mean, std) if std.min() > 0 else x.new_zeros(len(x))
+            else:
+                x, _ = ode_step(x, v, self.times[k], self.times[k + 1])
+                logp = x.new_zeros(len(x))
+            xs.append(x)
+            logps.append(logp)
+            vs.append(v)
+        return Trajectory(torch.stack(xs, 1), torch.stack(logps, 1), torch.stack(vs, 1))
 
 
 @torch.no_grad()
-def rollout(net, noise, times, text, guidance=1.0, adapter=None, kind="sde", a=0.7, noisy=None):
-    """Sample B trajectories. noise (B, K + 1, C, H, W) as draw_noise; times (K + 1,); noisy: the steps that take noise (default all).
-
-    Steps that are not noisy are the ODE's. States are kept in float32 whatever the network computes in.
-    """
-    x, xs, logps, vs = noise[:, 0].float(), [noise[:, 0].float()], [], []
-    for k in range(len(times) - 1):
-        v = velocity(net, x, times[k].expand(len(x)), text, guidance, adapter).float()
-        how = kind if noisy is None or k in noisy else "ode"
-        mean, std = step(how, x, v, times[k], times[k + 1], a, times[1])
-        x = mean + std * noise[:, k + 1]
-        logps.append(log_prob(x, mean, std) if how != "ode" and std.min() > 0 else torch.zeros(len(x), device=x.device))
-        xs.append(x)
-        vs.append(v)
-    return Trajectory(torch.stack(xs, 1), torch.stack(logps, 1), torch.stack(vs, 1))
-
-
-@torch.no_grad()
-def sample(net, noise, times, text, guidance=1.0, adapter=None):
-    """The ODE from noise (B, C, H, W), or the first of a trajectory's (draw_noise), to latents (B, C, H, W): how models are evaluated."""
-    x = (noise if noise.dim() == 4 else noise[:, 0]).float()
+def sample(policy, noise, text, times):
+    """The ODE from noise (B, C, H, W) to latents (B, C, H, W): how models are evaluated."""
+    x = noise.float()
     for t, t_next in zip(times, times[1:]):
-        v = velocity(net, x, t.expand(len(x)), text, guidance, adapter).float()
-        x, _ = ode_step(x, v, t, t_next)
+        v = velocity(policy.net, x, t.expand(len(x)), text, policy.guidance, policy.adapter)
+        x, _ = ode_step(x, v.float(), t, t_next)
     return x
+
+
+# ------------------------------------------------------------------ states: what a loss is made of
+
+
+@dataclass
+class State:
+    """b images, each at one step of its trajectory, with everything that a loss needs."""
+    images: Tensor           # (b,), which images of this rank's batch
+    slot: Tensor             # (b,), which of the steps that are trained or supervised
+    k: Tensor                # (b,), which step of the schedule
+    x: Tensor                # (b, C, H, W), before the step
+    x_next: Tensor           # (b, C, H, W), after it
+    v_old: Tensor            # (b, C, H, W), the velocity that the rollout took
+    logp_old: Tensor         # (b,), log p(x_next | x) in the rollout
+    sampler: Sampler
+    v_target: Tensor = None  # (b, C, H, W), the teacher's velocity at x
+    v_anchor: Tensor = None  # (b, C, H, W), the anchor's
+    adv: Tensor = None       # (b,), advantage of the step, for policy gradients
+    ratio: Tensor = None     # (b,), of the last update, for the log; and so are the next two
+    kl: Tensor = None
+    kl_anchor: Tensor = None
+
+    @property
+    def t(self):
+        return self.sampler.times[self.k]
+
+    @property
+    def dt(self):
+        return self.sampler.times[self.k] - self.sampler.times[self.k + 1]
+
+    def gaussian(self, v):
+        """mean and std of x_next under another velocity v."""
+        return self.sampler.gaussian(self.x, v, self.k)
+
+
+def visited(trajectory, steps, images, sampler):
+    """The states of b trajectories at steps (b, S): one State for each of the S columns.
+
+    images (b,): the trajectories' places in this rank's batch.
+    """
+    states = []
+    rows = torch.arange(len(steps), device=steps.device)
+    for slot, k in enumerate(steps.unbind(1)):
+        states.append(State(
+            images=images,
+            slot=torch.full_like(k, slot),
+            k=k,
+            x=trajectory.x[rows, k],
+            x_next=trajectory.x[rows, k + 1],
+            v_old=trajectory.v[rows, k],
+            logp_old=trajectory.logp[rows, k],
+            sampler=sampler,
+            ratio=torch.ones(len(k), device=k.device),
+            kl=torch.zeros(len(k), device=k.device),
+            kl_anchor=torch.zeros(len(k), device=k.device)))
+    return states
+
+
+def kl(v, v_target, s):
+    """KL(N under v || N under v_target) of the step at state s: (b,), nats per latent element.
+
+    Both Gaussians have one std, so this is w(t) |v - v_target|^2 (see gaussian_kl).
+    """
+    mean, std = s.gaussian(v)
+    mean_target, _ = s.gaussian(v_target)
+    return gaussian_kl(mean, mean_target, std)
+
+
+def likelihood_ratio(v, s):
+    """p(x_next | x) now over p in the rollout: (b,). It is 1 before the first update."""
+    mean, std = s.gaussian(v)
+    return (log_prob(s.x_next, mean, std) - s.logp_old).exp()
+
+
+def clipped(ratio, adv, clip):
+    """The loss of PPO, -min(ratio A, clip(ratio, 1 - e, 1 + e) A).
+
+    adv is (b,) as ratio is; or (b, 1), which gives (b, b) (see train_opd.released).
+    """
+    return -torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv)
+
+
+def ratio_summary(minibatches, clip):
+    """What the log says of the ratios of an iteration, over all ranks.
+
+    ratio_err: the largest distance from 1 in the first update, where the ratio must be 1.
+    clip_frac: the share of all ratios that are outside the clip range.
+    """
+    def distances(states):
+        return (dist.gather(torch.cat([s.ratio for s in states])) - 1).abs()
+
+    every = distances([s for states in minibatches for s in states])
+    return {"ratio_err": distances(minibatches[0]).max().item(),
+            "clip_frac": (every > clip).float().mean().item()}

@@ -1,45 +1,61 @@
 """Facts about rewards.py, checked on detections and readings made by hand."""
-import io
-import json
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import rewards
-from rewards import (REWARDS, edit_distance, geneval_score, ocr_score, ocr_target, parse_reward, relative_position, score)
+import scorers
+from rewards import (
+    REWARDS,
+    check_rewards,
+    edit_distance,
+    geneval_score,
+    ocr_score,
+    parse_reward,
+    relative_position,
+    score,
+)
+from worlds.prompts import ocr_target
+from worlds.sd3 import SD3
 
 
 def obj(name, x=0, y=0, color=None, confidence=0.95, size=10):
     """An object of the given size centred on (x, y)."""
-    return {"class": name, "score": confidence, "box": (x - size / 2, y - size / 2, x + size / 2, y + size / 2), "color": color}
+    r = size / 2
+    return {"class": name, "score": confidence, "box": (x - r, y - r, x + r, y + r), "color": color}
 
 
 def want(name, count=1, **rest):
     return {"class": name, "count": count, **rest}
 
 
-def meta(tag, *include, exclude=None):
-    return {"tag": tag, "include": list(include), "prompt": "", **({"exclude": exclude} if exclude else {})}
+def meta(tag, *include, **rest):
+    return {"tag": tag, "include": list(include), "prompt": "", **rest}
 
 
+left_of_first = ["left of", 0]
 SINGLE = meta("single_object", want("cat"))
 TWO = meta("two_object", want("cat"), want("dog"))
 COUNT = meta("counting", want("cat", 2), exclude=[want("cat", 3)])
 COLOR = meta("colors", want("cat", color="red"))
 RED_PAIR = meta("colors", want("cat", 2, color="red"))
 ATTR = meta("color_attr", want("cat", color="red"), want("dog", color="blue"))
-POSITION = meta("position", want("cat"), want("dog", position=["left of", 0]))
-POSITION_PAIR = meta("position", want("cat", 2), want("dog", position=["left of", 0]))
-RED_TARGET = meta("position", want("cat", color="red"), want("dog", position=["left of", 0]))
-BLUE_LEFT = meta("position", want("cat"), want("dog", color="blue", position=["left of", 0]))
+POSITION = meta("position", want("cat"), want("dog", position=left_of_first))
+POSITION_PAIR = meta("position", want("cat", 2), want("dog", position=left_of_first))
+RED_TARGET = meta("position", want("cat", color="red"), want("dog", position=left_of_first))
+BLUE_LEFT = meta("position", want("cat"), want("dog", color="blue", position=left_of_first))
 NO_DOG = meta("counting", want("cat"), exclude=[want("dog", 1)])
 
-cat, dog = obj("cat"), obj("dog")
-red_cat, blue_cat = obj("cat", color="red"), obj("cat", color="blue")
-left_dog, right_dog = obj("dog", x=-50), obj("dog", x=50)
-left_blue_dog, left_red_dog = obj("dog", x=-50, color="blue"), obj("dog", x=-50, color="red")
+cat = obj("cat")
+dog = obj("dog")
+red_cat = obj("cat", color="red")
+blue_cat = obj("cat", color="blue")
+unsure_red_cat = obj("cat", color="red", confidence=0.5)
+unsure_blue_cat = obj("cat", color="blue", confidence=0.5)
+left_dog = obj("dog", x=-50)
+right_dog = obj("dog", x=50)
+left_blue_dog = obj("dog", x=-50, color="blue")
+left_red_dog = obj("dog", x=-50, color="red")
 
 # fact, prompt, objects found, soft, strict, benchmark
 TABLE = [
@@ -66,10 +82,11 @@ TABLE = [
     ("a wrong count costs the part for the colour", COLOR, [], 0, 0, 0),
     ("with too many, colours are not looked at by soft", COLOR, [red_cat, red_cat], 0, 0, 1),
     ("one of two in the right colour", RED_PAIR, [red_cat, blue_cat], 0.75, 0, 0),
-    ("benchmark: the surest box has the colour", COLOR, [obj("cat", color="blue", confidence=0.5), red_cat], 0, 0, 1),
-    ("benchmark: the surest box has not the colour", COLOR, [obj("cat", color="red", confidence=0.5), blue_cat], 0, 0, 0),
+    ("benchmark: the surest box has the colour", COLOR, [unsure_blue_cat, red_cat], 0, 0, 1),
+    ("benchmark: the surest box has not the colour", COLOR, [unsure_red_cat, blue_cat], 0, 0, 0),
     ("benchmark: of equally sure boxes the last found counts", COLOR, [blue_cat, red_cat], 0, 0, 1),
-    ("benchmark: of equally sure boxes the first found is dropped", COLOR, [red_cat, blue_cat], 0, 0, 0),
+    ("benchmark: of equally sure boxes the first found is dropped", COLOR, [red_cat, blue_cat],
+     0, 0, 0),
 
     ("both colours", ATTR, [red_cat, left_blue_dog], 1, 1, 1),
     ("colours swapped", ATTR, [blue_cat, left_red_dog], 0.5, 0, 0),
@@ -80,26 +97,36 @@ TABLE = [
     ("a wrong position adds a 0 and a 1", POSITION, [cat, right_dog], 3 / 4, 0, 0),
     ("the same box is not beside itself", POSITION, [cat, dog], 3 / 4, 0, 0),
     ("a missing target adds a 0 alone", POSITION, [left_dog], (0 + 1 + 0) / 3, 0, 0),
-    ("one target too many: missing for soft, not for the benchmark", POSITION, [cat, cat, left_dog], (0 + 1 + 0) / 3, 0, 1),
+    ("one target too many: missing for soft, not for the benchmark", POSITION,
+     [cat, cat, left_dog], (0 + 1 + 0) / 3, 0, 1),
     ("the placed object missing costs its position", POSITION, [cat], (1 + 0 + 0) / 3, 0, 0),
     ("left of every target", POSITION_PAIR, [cat, obj("cat", x=20), left_dog], 1, 1, 1),
-    ("left of one target of two is not enough", POSITION_PAIR, [cat, obj("cat", x=-99), left_dog], 3 / 4, 0, 0),
-    ("a target of the wrong colour is no target", RED_TARGET, [blue_cat, left_dog], (1 + 0 + 1 + 0) / 4, 0, 0),
+    ("left of one target of two is not enough", POSITION_PAIR,
+     [cat, obj("cat", x=-99), left_dog], 3 / 4, 0, 0),
+    ("a target of the wrong colour is no target", RED_TARGET, [blue_cat, left_dog],
+     (1 + 0 + 1 + 0) / 4, 0, 0),
     ("colour and position both right", BLUE_LEFT, [cat, left_blue_dog], 1, 1, 1),
-    ("after a wrong colour the position adds nothing", BLUE_LEFT, [cat, left_red_dog], (1 + 1 + 0) / 3, 0, 0),
-    ("with colour and position asked, a wrong count adds one 0", BLUE_LEFT, [cat], (1 + 0 + 0) / 3, 0, 0),
+    ("after a wrong colour the position adds nothing", BLUE_LEFT, [cat, left_red_dog],
+     (1 + 1 + 0) / 3, 0, 0),
+    ("with colour and position asked, a wrong count adds one 0", BLUE_LEFT, [cat],
+     (1 + 0 + 0) / 3, 0, 0),
 ]
 
 
+# ------------------------------------------------------------------ GenEval
+
+
 @pytest.mark.parametrize("form", ["soft", "strict", "benchmark"])
-@pytest.mark.parametrize("prompt, objects, expected", [(p, o, dict(soft=s, strict=t, benchmark=b)) for _, p, o, s, t, b in TABLE],
+@pytest.mark.parametrize("prompt, objects, soft, strict, benchmark", [row[1:] for row in TABLE],
                          ids=[row[0].replace(" ", "_") for row in TABLE])
-def test_geneval_score_is(prompt, objects, expected, form):
+def test_geneval_score_is(prompt, objects, soft, strict, benchmark, form):
+    expected = {"soft": soft, "strict": strict, "benchmark": benchmark}
     assert geneval_score(objects, prompt, form) == pytest.approx(expected[form])
 
 
 def test_table_covers_every_tag():
-    assert {row[1]["tag"] for row in TABLE} == {"single_object", "two_object", "counting", "colors", "position", "color_attr"}
+    assert {row[1]["tag"] for row in TABLE} == {"single_object", "two_object", "counting",
+                                                "colors", "position", "color_attr"}
 
 
 def test_geneval_score_is_soft_unless_told():
@@ -107,23 +134,27 @@ def test_geneval_score_is_soft_unless_told():
 
 
 @pytest.mark.parametrize("x, y, expected", [
-    (-50, 0, {"left of"}), (50, 0, {"right of"}), (0, -50, {"above"}), (0, 50, {"below"}),  # y points down
-    (50, 50, {"right of", "below"}), (-50, -50, {"left of", "above"}),                      # on the diagonal both hold
+    # y points down.
+    (-50, 0, {"left of"}), (50, 0, {"right of"}), (0, -50, {"above"}), (0, 50, {"below"}),
+    # On the diagonal both hold.
+    (50, 50, {"right of", "below"}), (-50, -50, {"left of", "above"}),
     (50, 20, {"right of"}),
     (2, 0, set()),               # 0.1 of 10 + 10 is the slack
     (0, 0, set()),
     (3, 0, set()),               # (3 - 2) / 3 is below 0.5
     (4, 0, set()),               # (4 - 2) / 4 is 0.5, not over it
     (4.1, 0, {"right of"}),
-    (5, 5, set()),               # (5 - 2) / 7.07: near the diagonal neither holds for objects this close
+    # (5 - 2) / 7.07: near the diagonal neither holds for objects this close.
+    (5, 5, set()),
 ])
 def test_relative_position_is(x, y, expected):
     assert relative_position(obj("dog", x, y), obj("cat")) == expected
 
 
 def test_relative_position_counts_the_slack_by_both_sizes():
-    assert relative_position(obj("dog", x=11, size=10), obj("cat", size=10)) == {"right of"}
-    assert relative_position(obj("dog", x=11, size=10), obj("cat", size=50)) == set()
+    small_dog = obj("dog", x=11, size=10)
+    assert relative_position(small_dog, obj("cat", size=10)) == {"right of"}
+    assert relative_position(small_dog, obj("cat", size=50)) == set()
 
 
 @pytest.mark.parametrize("broken, got", [
@@ -154,9 +185,13 @@ def test_unknown_geneval_form_is_refused():
         geneval_score([cat], SINGLE, "hard")
 
 
+# ------------------------------------------------------------------ OCR
+
+
 @pytest.mark.parametrize("a, b, expected", [
-    ("", "", 0), ("", "abc", 3), ("abc", "", 3), ("abc", "abc", 0), ("abc", "abd", 1), ("abc", "ac", 1), ("ac", "abc", 1),
-    ("ab", "ba", 2), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("intention", "execution", 5),
+    ("", "", 0), ("", "abc", 3), ("abc", "", 3),
+    ("abc", "abc", 0), ("abc", "abd", 1), ("abc", "ac", 1), ("ac", "abc", 1), ("ab", "ba", 2),
+    ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("intention", "execution", 5),
 ])
 def test_edit_distance_is(a, b, expected):
     assert edit_distance(a, b) == expected
@@ -166,21 +201,31 @@ def test_ocr_target_is_the_first_quoted_text_as_written():
     assert ocr_target('a "Big Sale" sign beside a "closed" one') == "Big Sale"
 
 
-@pytest.mark.parametrize("prompt", ["a sign", 'a 5" sign', 'a "" sign', 'a "  " sign', "a 'big' sign", "a \u201cbig\u201d sign"])
+@pytest.mark.parametrize("prompt", ["a sign", 'a 5" sign', 'a "" sign', 'a "  " sign',
+                                    "a 'big' sign", "a \u201cbig\u201d sign"])
 def test_prompt_without_quoted_text_is_refused(prompt):
     with pytest.raises(ValueError, match="expected the wanted text in straight double quotes"):
         ocr_score("big", prompt)
 
 
 @pytest.mark.parametrize("read, expected", [
-    ("Open Now", 1), ("OPEN NOW", 1), ("o p e n n o w", 1),       # neither case nor spaces count
-    ("we are open now!", 1), ("xxopennowxx", 1),                  # contained is enough
-    ("open nov", 6 / 7), ("opennw", 6 / 7), ("openn", 5 / 7),     # one substituted, one missing, two missing
-    ("oopen nov", 5 / 7),                                         # where it is not contained, extra letters count
-    ("", 0), ("zzzzzzz", 0), ("quite another long text", 0),      # never below 0
+    # Neither case nor spaces count.
+    ("Open Now", 1), ("OPEN NOW", 1), ("o p e n n o w", 1),
+    # Contained is enough.
+    ("we are open now!", 1), ("xxopennowxx", 1),
+    # One substituted, one missing, two missing.
+    ("open nov", 6 / 7), ("opennw", 6 / 7), ("openn", 5 / 7),
+    # Where it is not contained, extra letters count.
+    ("oopen nov", 5 / 7),
+    # Never below 0.
+    ("", 0), ("zzzzzzz", 0), ("quite another long text", 0),
 ])
 def test_ocr_score_is(read, expected):
-    assert ocr_score(read, 'a shop with a sign "Open Now" in its window') == pytest.approx(expected)
+    prompt = 'a shop with a sign "Open Now" in its window'
+    assert ocr_score(read, prompt) == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------ --reward
 
 
 @pytest.mark.parametrize("spec, expected", [
@@ -193,23 +238,35 @@ def test_parse_reward_is(spec, expected):
 
 
 @pytest.mark.parametrize("spec, message", [
-    ("beauty", "got 'beauty', expected one of geneval, geneval_strict, geneval_benchmark, ocr, quality"),
+    ("beauty", "got 'beauty', expected one of geneval, geneval_strict, geneval_benchmark, ocr, "
+               "quality"),
     ("", "got '', expected one of"),
     ("ocr,", "got '', expected one of"),
     ("ocr,ocr=2", "got ocr twice"),
-    *[(f"ocr={weight}", f"got weight '{weight}' for ocr, expected a positive, finite number")
-      for weight in ("0", "-1", "nan", "inf", "much", "", "1=2")],
 ])
 def test_parse_reward_refuses(spec, message):
     with pytest.raises(ValueError, match=message):
         parse_reward(spec)
 
 
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "much", "", "1=2"])
+def test_parse_reward_refuses_the_weight(weight):
+    message = f"got weight '{weight}' for ocr, expected a positive, finite number"
+    with pytest.raises(ValueError, match=message):
+        parse_reward(f"ocr={weight}")
+
+
+# ------------------------------------------------------------------ score
+
+
 class World:
     """Finds, reads and rates what it was told to; counts how often its detector runs."""
 
     def __init__(self, found=(), texts=(), rates=()):
-        self.found, self.texts, self.rates, self.runs = found, texts, rates, 0
+        self.found = found
+        self.texts = texts
+        self.rates = rates
+        self.runs = 0
 
     def detect(self, images, metas):
         self.runs += 1
@@ -223,11 +280,13 @@ class World:
 
 
 IMAGES = np.zeros((2, 3, 8, 8))
+PAIR = [SINGLE, SINGLE]
+THREE_FORMS = ("geneval", "geneval_strict", "geneval_benchmark")
 
 
 def test_score_gives_each_component_and_their_weighted_sum():
     world = World(found=[[cat], [cat] * 3], rates=[0.5, 0.25])
-    got = score({"geneval": 0.5, "quality": 2.0}, IMAGES, [SINGLE, SINGLE], world)
+    got = score({"geneval": 0.5, "quality": 2.0}, IMAGES, PAIR, world)
     assert list(got) == ["geneval", "quality", "total"]
     np.testing.assert_allclose(got["geneval"], [1, -1])
     np.testing.assert_allclose(got["quality"], [0.5, 0.25])
@@ -237,200 +296,167 @@ def test_score_gives_each_component_and_their_weighted_sum():
 
 def test_each_geneval_name_scores_by_its_own_form():
     world = World(found=[[cat] * 3])
-    assert [REWARDS[name](IMAGES[:1], [SINGLE], world)[0] for name in ("geneval", "geneval_strict", "geneval_benchmark")] == [-1, 0, 1]
+    got = [REWARDS[name].score(IMAGES[:1], [SINGLE], world)[0] for name in THREE_FORMS]
+    assert got == [-1, 0, 1]
 
 
 def test_score_reads_each_image_against_its_own_prompt():
     metas = [{"prompt": 'a sign "ab"'}, {"prompt": 'a sign "cd"'}]
-    np.testing.assert_allclose(score({"ocr": 1.0}, IMAGES, metas, World(texts=["AB", "ad"]))["total"], [1, 0.5])
+    got = score({"ocr": 1.0}, IMAGES, metas, World(texts=["AB", "ad"]))
+    np.testing.assert_allclose(got["total"], [1, 0.5])
 
 
 def test_detector_runs_once_for_all_geneval_forms_and_anew_for_each_batch():
-    world, spec = World(found=[[cat], [cat]]), parse_reward("geneval,geneval_strict,geneval_benchmark")
-    score(spec, IMAGES, [SINGLE, SINGLE], world)
+    world = World(found=[[cat], [cat]])
+    spec = parse_reward(",".join(THREE_FORMS))
+    score(spec, IMAGES, PAIR, world)
     assert world.runs == 1
-    score(spec, IMAGES, [SINGLE, SINGLE], world)
+    score(spec, IMAGES, PAIR, world)
     assert world.runs == 2
 
 
 @pytest.mark.parametrize("rates", [[1, np.nan], [1, np.inf], [1], [1, 1, 1], [[1], [1]], 1.0],
                          ids=["nan", "inf", "too_few", "too_many", "column", "scalar"])
 def test_score_refuses_a_bad_component_by_name(rates):
-    with pytest.raises(ValueError, match=r"reward quality: got shape .* expected \(2,\) finite numbers"):
-        score({"geneval": 1.0, "quality": 1.0}, IMAGES, [SINGLE, SINGLE], World(found=[[cat], [cat]], rates=rates))
+    world = World(found=[[cat], [cat]], rates=rates)
+    message = r"reward quality: got shape .* expected \(2,\) finite numbers"
+    with pytest.raises(ValueError, match=message):
+        score({"geneval": 1.0, "quality": 1.0}, IMAGES, PAIR, world)
 
 
-@pytest.mark.parametrize("name", ["geneval", "geneval_strict", "geneval_benchmark", "ocr"])
+@pytest.mark.parametrize("name", [*THREE_FORMS, "ocr"])
 @pytest.mark.parametrize("n", [1, 3])
 def test_score_refuses_results_for_another_number_of_images(name, n):
     metas = [{**SINGLE, "prompt": 'a "b"'}] * 2
-    with pytest.raises(ValueError, match=f"reward {name}: got results for {n} images, expected 2"):
-        score({name: 1.0}, IMAGES, metas, World(found=[[cat]] * n, texts=["b"] * n))
+    world = World(found=[[cat]] * n, texts=["b"] * n)
+    message = f"reward {name}: got results for {n} images, expected 2"
+    with pytest.raises(ValueError, match=message):
+        score({name: 1.0}, IMAGES, metas, world)
 
 
 def test_a_reward_that_fails_is_not_scored_as_zero():
+    metas = [{"prompt": "no text asked for"}] * 2
     with pytest.raises(ValueError, match="straight double quotes"):
-        score({"ocr": 1.0}, IMAGES, [{"prompt": "no text asked for"}] * 2, World(texts=["a", "b"]))
-
-
-# ------------------------------------------------------------------ networks: loaded at first use, scaled in a sum
-
-
-class Constant:
-    """A scorer that gives every image the same."""
-
-    def __init__(self, value):
-        self.value, self.net = value, torch.nn.Linear(1, 1)
-
-    def __call__(self, images, prompts):
-        assert len(images) == len(prompts) and all(isinstance(p, str) for p in prompts)
-        return torch.full((len(images),), self.value)
-
-
-@pytest.fixture
-def constants(monkeypatch):
-    made = []
-
-    def make(name, value):
-        return lambda device, dtype: made.append((name, str(device), dtype)) or Constant(value)
-    monkeypatch.setattr(rewards, "LOADED", {})
-    for name, value in (("deqa", 4.0), ("pickscore", 13.0), ("imagereward", 0.7)):
-        monkeypatch.setitem(rewards.SCORERS, name, make(name, value))
-    return made
-
-
-def test_components_are_reported_as_published_and_weighed_on_the_peers_scale(constants):
-    got = score(parse_reward("deqa=0.4,pickscore=0.6,imagereward"), torch.zeros(2, 3, 8, 8), [SINGLE, SINGLE], World())
-    assert got["deqa"].tolist() == [4, 4] and got["pickscore"].tolist() == [13, 13]
-    np.testing.assert_allclose(got["total"], [0.4 * 4 / 5 + 0.6 * 13 / 26 + 0.7] * 2, rtol=1e-6)
-
-
-def test_a_network_is_loaded_once_a_process_and_only_when_asked_for(constants):
-    assert parse_reward("deqa,pickscore") and constants == []
-    for _ in range(2):
-        score({"deqa": 1.0}, torch.zeros(1, 3, 8, 8), [SINGLE], World())
-    assert constants == [("deqa", "cpu", torch.float32)]
-
-
-def test_offload_moves_every_loaded_scorer_off_and_the_next_use_brings_it_back(constants, monkeypatch):
-    moves = []
-    score({"deqa": 1.0, "pickscore": 1.0}, torch.zeros(1, 3, 8, 8), [SINGLE], World())
-    for name, one in rewards.LOADED.items():
-        monkeypatch.setattr(one.net, "to", lambda device, name=name: moves.append((name, str(device))))
-    rewards.offload()
-    assert sorted(moves) == [("deqa", "cpu"), ("pickscore", "cpu")]
-    rewards.scorer("deqa", "meta")
-    assert moves[-1] == ("deqa", "meta")
-
-
-def test_every_published_reward_has_a_loader_and_the_loaders_names_exist():
-    import deqa
-    import detectors
-    import scorers
-    assert {"geneval", "ocr", "pickscore", "clipscore", "hpsv2", "imagereward", "aesthetic", "deqa", "unifiedreward", "qwenvl", "jpeg_compressibility",
-            "jpeg_incompressibility", "quality"} <= set(REWARDS)
-    assert all(hasattr(m, n) for m, n in [(deqa, "DeQA"), (detectors, "Detector"), (detectors, "Reader"), (scorers, "VLMJudge")])
-    for name in ("PickScore", "CLIPScore", "HPSv2", "ImageReward", "Aesthetic"):
-        assert hasattr(scorers, name) and name.lower() in rewards.SCORERS
-    assert set(rewards.SCALE) <= set(REWARDS)
-
-
-@pytest.mark.parametrize("name", ["pickscore", "clipscore", "hpsv2", "imagereward", "aesthetic", "deqa", "detector", "reader"])
-def test_missing_weights_are_one_line_that_says_where_they_were_looked_for(monkeypatch, tmp_path, name):
-    monkeypatch.setattr(rewards, "LOADED", {})
-    monkeypatch.setenv("REWARD_MODELS", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(ValueError, match=r"REWARD_MODELS") as e:
-        rewards.scorer(name, "cpu")
-    assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
-
-
-@pytest.mark.parametrize("name", ["unifiedreward", "qwenvl"])
-def test_a_judge_without_an_endpoint_says_which_variable_to_set(monkeypatch, name):
-    monkeypatch.setattr(rewards, "LOADED", {})
-    monkeypatch.delenv(f"{name.upper()}_URL", raising=False)
-    with pytest.raises(ValueError, match=rf"reward {name}: .*\${name.upper()}_URL is not set"):
-        score({name: 1.0}, torch.zeros(1, 3, 8, 8), [SINGLE], World())
+        score({"ocr": 1.0}, IMAGES, metas, World(texts=["a", "b"]))
 
 
 def test_the_tiny_worlds_quality_is_refused_for_real_pictures():
-    import sd3
-    with pytest.raises(ValueError, match="reward quality: is the tiny world's own"):
-        score({"quality": 1.0}, torch.zeros(1, 3, 8, 8), [SINGLE], sd3)
+    with pytest.raises(ValueError, match="reward quality: the world 'sd3' has none of its own"):
+        score({"quality": 1.0}, torch.zeros(1, 3, 8, 8), [SINGLE], SD3())
 
 
-# ------------------------------------------------------------------ a folder on the command line
+# ------------------------------------------------------------------ the table
+
+WHERE = {"pickscore": "clip.PickScore", "clipscore": "clip.CLIPScore", "hpsv2": "clip.HPSv2",
+         "imagereward": "imagereward.ImageReward", "aesthetic": "clip.Aesthetic",
+         "deqa": "deqa.DeQA", "unifiedreward": "judge.UnifiedReward", "qwenvl": "judge.QwenVL"}
+# The scales by which flow_grpo divides. For the others it is 1.
+SCALES = {"pickscore": 26, "clipscore": 30, "deqa": 5, "unifiedreward": 5, "qwenvl": 5,
+          "jpeg_compressibility": 500}
 
 
-@pytest.fixture
-def pictures(tmp_path):
-    rng = np.random.default_rng(0)
-    for i in range(5):                    # the fourth is of another size
-        Image.fromarray(rng.integers(0, 256, (16, 20 if i == 3 else 16, 3), dtype=np.uint8)).save(tmp_path / f"{i:04d}.png")
-    (tmp_path / "prompts.txt").write_text("".join(f"picture {i}\n" for i in range(5)))
-    return tmp_path
+def test_every_published_reward_is_in_the_table():
+    assert set(REWARDS) == {*THREE_FORMS, "ocr", "quality", *WHERE, "jpeg_compressibility",
+                            "jpeg_incompressibility"}
 
 
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_line_of_the_table_has_a_score_a_scale_and_its_network(monkeypatch, name):
+    asked = []
+
+    def get(where, device):
+        asked.append(where)
+        return lambda images, prompts: torch.arange(1.0, 1 + len(images))
+
+    monkeypatch.setattr(scorers, "get", get)
+    world = World(found=[[cat], []], texts=["b", "c"], rates=[0.5, 0.25])
+    metas = [{**SINGLE, "prompt": 'a "b"'}] * 2
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    images[1] = 0.5
+    got = score({name: 3.0}, images, metas, world)
+    assert got[name].shape == (2,) and got[name][0] != got[name][1]
+    scale = SCALES.get(name, 1)
+    np.testing.assert_allclose(got["total"], 3 * got[name] / scale, rtol=1e-6)
+    assert REWARDS[name].scale == scale
+    assert REWARDS[name].where == WHERE.get(name, "")
+    assert asked == ([WHERE[name]] if name in WHERE else [])
+    # What the world itself sees costs nothing in the tiny world. A network is never cheap.
+    assert REWARDS[name].cheap == (name in (*THREE_FORMS, "ocr", "quality"))
 
 
-def test_scoring_a_folder_writes_a_line_an_image_and_a_summary(pictures):
-    rewards.main(rewards.Config("jpeg_incompressibility", str(pictures), str(pictures / "prompts.txt"), batch=2, device="cpu"))
-    got = rows(pictures / "jpeg_incompressibility.jsonl")
-    assert [(r["image"], r["prompt"]) for r in got] == [(f"{i:04d}.png", f"picture {i}") for i in range(5)]
-    buffer = io.BytesIO()
-    Image.open(pictures / "0003.png").save(buffer, format="JPEG", quality=95)
-    assert got[3]["jpeg_incompressibility"] == pytest.approx(len(buffer.getvalue()) / 1000)
-    summary = json.loads((pictures / "jpeg_incompressibility.summary.json").read_text())
-    assert summary["total"]["images"] == 5 and summary["total"]["mean"] == pytest.approx(np.mean([r["total"] for r in got]))
+def test_jpeg_rewards_are_the_size_and_its_negative():
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    got = score({"jpeg_compressibility": 1.0, "jpeg_incompressibility": 1.0}, images, PAIR, World())
+    assert (got["jpeg_incompressibility"] > 0).all()
+    np.testing.assert_array_equal(got["jpeg_compressibility"], -got["jpeg_incompressibility"])
 
 
-def test_pictures_that_changed_are_scored_again_and_another_reward_too(pictures):
-    out = str(pictures / "scores.jsonl")
-    cfg = rewards.Config("jpeg_incompressibility", str(pictures), str(pictures / "prompts.txt"), out=out, device="cpu")
-    rewards.main(cfg)
-    before = {r["image"]: r["total"] for r in rows(pictures / "scores.jsonl")}
-    Image.new("RGB", (16, 16)).save(pictures / "0001.png")
-    rewards.main(cfg)
-    after = {r["image"]: r["total"] for r in rows(pictures / "scores.jsonl")}
-    assert {k for k in before if before[k] != after[k]} == {"0001.png"}
-    rewards.main(rewards.Config("jpeg_compressibility", str(pictures), str(pictures / "prompts.txt"), out=out, device="cpu"))
-    assert all(r["jpeg_compressibility"] == -after[r["image"]] for r in rows(pictures / "scores.jsonl"))
+# ------------------------------------------------------------------ at the start, and in a thread
 
 
-def test_images_are_in_the_order_of_their_numbers(tmp_path):
-    names = ["2.png", "10.png", "a dog_000011.png", "z cat_000003.png", "x.png"]
-    assert [p.name for p in sorted((tmp_path / n for n in names), key=rewards.place)] == ["x.png", "2.png", "z cat_000003.png", "10.png", "a dog_000011.png"]
+class Pictures:
+    """A model whose latents are its images."""
+    resolution = 8
+
+    def __init__(self):
+        self.mmdit = torch.nn.Module()
+        self.mmdit.register_buffer("pos_embed", torch.zeros(1))
+
+    def images(self, latents):
+        return latents
 
 
-def test_scoring_a_folder_goes_on_where_it_was_stopped(pictures, monkeypatch):
-    cfg = rewards.Config("jpeg_incompressibility", str(pictures), str(pictures / "prompts.txt"), batch=2, device="cpu")
-    rewards.main(cfg)
-    out = pictures / "jpeg_incompressibility.jsonl"
-    whole, seen = rows(out), []
-    out.write_text("\n".join(out.read_text().splitlines()[:3]) + '\n{"image": "0003.png", "pro')
+class Brightness(World):
+    """Its quality is an image's first number; the text it reads is always "b"."""
+
+    def __init__(self, prompts=('a "b"',)):
+        super().__init__()
+        self.prompts = prompts
+        self.drawn = []
+
+    def draw_prompt(self, rng, task, split):
+        self.drawn.append((task, split))
+        return {"task": task, "prompt": self.prompts[rng.integers(len(self.prompts))]}
+
+    def read(self, images):
+        return ["b"] * len(images)
+
+    def quality(self, images):
+        return images[:, 0, 0, 0].numpy()
+
+
+def test_check_rewards_names_the_task_whose_prompts_the_reward_does_not_fit():
+    world = Brightness(prompts=('a "b"', "a cat"))
+    message = r"^--reward quality\+ocr does not fit task 'signs': OCR prompt: [^\n]*$"
+    with pytest.raises(ValueError, match=message):
+        check_rewards({"signs": {"quality": 1.0, "ocr": 1.0}}, Pictures(), world)
+
+
+def test_check_rewards_asks_for_more_prompts_where_it_is_cheap():
+    world = Brightness()
+    rates = {"cheap": {"ocr": 1.0}, "dear": {"ocr": 1.0, "jpeg_incompressibility": 1.0}}
+    seen = []
     real = rewards.score
 
     def counted(spec, images, metas, world):
-        seen.extend(m["prompt"] for m in metas)
+        seen.extend(meta["task"] for meta in metas)
         return real(spec, images, metas, world)
-    monkeypatch.setattr(rewards, "score", counted)
-    rewards.main(cfg)
-    assert rows(out) == whole and seen == ["picture 3", "picture 4"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewards, "score", counted)
+        check_rewards(rates, Pictures(), world, split="eval")
+    assert seen.count("cheap") == 16 and seen.count("dear") == 4
+    assert {split for _, split in world.drawn} == {"eval"}
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda d: (d / "prompts.txt").write_text("one\ntwo\n"), "5 images for the 2 prompts"), (lambda d: (d / "0002.png").write_bytes(b"no"), "0002.png: is not an image"),
-    (lambda d: (d / "prompts.txt").unlink(), "prompts.txt: cannot be read")])
-def test_a_folder_that_does_not_fit_its_prompts_is_refused(pictures, change, message):
-    change(pictures)
-    with pytest.raises(ValueError, match=message):
-        rewards.main(rewards.Config("jpeg_compressibility", str(pictures), str(pictures / "prompts.txt"), device="cpu"))
-
-
-def test_several_images_a_prompt_go_with_it_in_order(pictures):
-    (pictures / "0004.png").unlink()
-    (pictures / "prompts.txt").write_text("one\ntwo\n")
-    rewards.main(rewards.Config("jpeg_compressibility", str(pictures), str(pictures / "prompts.txt"), device="cpu"))
-    assert {r["image"]: r["prompt"] for r in rows(pictures / "jpeg_compressibility.jsonl")} == {"0000.png": "one", "0001.png": "one", "0002.png": "two", "0003.png": "two"}
+def test_judge_gives_each_image_the_reward_of_its_task_in_the_order_of_submission():
+    tasks = {"quality": {"quality": 2.0}, "both": {"ocr": 1.0, "quality": 1.0}}
+    judge = rewards.Judge(tasks, Pictures(), Brightness())
+    latents = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 8, 8)
+    metas = [{"task": task, "prompt": 'a "b"'} for task in ("quality", "both", "quality")] * 2
+    for _ in range(2):                           # nothing is left of an iteration in the next
+        judge.submit(latents[:4], metas[:4])
+        judge.submit(latents[4:], metas[4:])
+        assert judge.totals() == [0, 2, 4, 6, 5, 10]
+    # Of the reward that is a sum.
+    assert judge.components() == pytest.approx({"both/ocr": 1.0, "both/quality": (1 + 4) / 2})

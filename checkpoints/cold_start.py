@@ -1,0 +1,140 @@
+"""Cold starts: the weights that a student begins with, made of its teachers (--init).
+
+| --init   | an adapter                               | a whole transformer (--full)      |
+|----------|------------------------------------------|-----------------------------------|
+| none     | a new one, which starts as the base      | the base                          |
+| merge    | the exact average of the teachers'       | the average of the teachers'      |
+|          | updates; the ranks add up                | whole weights                     |
+| truncate | the best of rank r for that average      | -                                 |
+| factors  | the averages of A and of B, as released  | -                                 |
+| PATH     | that checkpoint                          | that checkpoint                   |
+"""
+import torch
+
+from checkpoints.formats import merged_weights, read
+
+# ------------------------------------------------------------------ adapters
+
+
+def merge_adapters(adapters):
+    """The exact average of K adapters' updates: mean_k scale_k B_k A_k, by stacking the factors.
+
+    adapters: dicts with "tensors", "r" and "alpha", of any ranks. Returns one such dict, whose
+    rank is the sum of theirs, with alpha = r (scale 1).
+    DEVIATION: the released Flow-OPD code averages A and B apart, as merge_factors does. But
+    mean(B) mean(A) is not mean(B A).
+    """
+    K = len(adapters)
+    tensors = {}
+    for name in adapters[0]["tensors"]:
+        parts = [adapter["tensors"][name] for adapter in adapters]
+        if name.endswith(".A"):
+            tensors[name] = torch.cat(parts, dim=1)                     # (n, sum r, D)
+        else:
+            shares = [adapter["alpha"] / adapter["r"] / K for adapter in adapters]
+            parts = [part * share for part, share in zip(parts, shares)]
+            tensors[name] = torch.cat(parts, dim=2)                     # (n, D, sum r)
+    r = sum(adapter["r"] for adapter in adapters)
+    return {"tensors": tensors, "r": r, "alpha": r}
+
+
+def truncate_adapter(adapter, r, alpha):
+    """The adapter of rank r with the update closest to another's, in the least squares sense.
+
+    Its update is the first r terms of the SVD of scale B A. Each factor takes the root of the
+    singular values. With B = Q_B R_B and A^T = Q_A R_A, B A is Q_B (R_B R_A^T) Q_A^T. So the SVD
+    is of a matrix as small as the rank.
+    """
+    old = adapter["tensors"]
+    scale = adapter["alpha"] / adapter["r"]
+    tensors = {}
+    for layer in [name.removesuffix(".A") for name in old if name.endswith(".A")]:
+        Q_B, R_B = torch.linalg.qr(old[f"{layer}.B"])                   # (n, D, R), (n, R, R)
+        Q_A, R_A = torch.linalg.qr(old[f"{layer}.A"].mT)
+        U, s, Vh = torch.linalg.svd(R_B @ R_A.mT * (scale * r / alpha))
+        root = s[:, :r].sqrt()
+        tensors[f"{layer}.A"] = root[:, :, None] * (Vh[:, :r] @ Q_A.mT)
+        tensors[f"{layer}.B"] = Q_B @ U[:, :, :r] * root[:, None]
+    return {"tensors": tensors, "r": r, "alpha": alpha}
+
+
+def merge_factors(adapters):
+    """As released: the average of the A and that of the B factors. For comparison.
+
+    It is not the average of the updates.
+    """
+    forms = {(adapter["r"], adapter["alpha"]) for adapter in adapters}
+    if len(forms) > 1:
+        raise ValueError("--init factors: averages factors of one rank and alpha, "
+                         f"got {forms}; use --init merge")
+    tensors = {}
+    for name in adapters[0]["tensors"]:
+        total = sum(adapter["tensors"][name] for adapter in adapters)
+        tensors[name] = total / len(adapters)
+    return {**adapters[0], "tensors": tensors}
+
+
+# ------------------------------------------------------------------ whole transformers
+
+
+@torch.no_grad()
+def average_weights(net, base, teachers):
+    """Make net, a copy of base, the mean of the teachers' whole weights.
+
+    The weights of a teacher are its own (a whole transformer), or W + scale B A (an adapter).
+    """
+    theirs = []
+    for teacher in teachers:
+        if "net" in teacher:
+            theirs.append(dict(teacher["net"].named_parameters()))
+        else:
+            theirs.append(merged_weights(base, teacher))
+    for name, p in net.named_parameters():
+        total = sum(weights.get(name, p).float() for weights in theirs)
+        p.copy_(total / len(theirs))
+
+
+# ------------------------------------------------------------------ by --init
+
+
+def sources(init, base, teachers):
+    """The checkpoints that a student starts from. teachers: a list of what formats.read gives."""
+    if init == "none":
+        return []
+    if init in ("merge", "truncate", "factors"):
+        return teachers
+    return [read(init, base)]
+
+
+def cold_start(init, base, teachers, r, alpha):
+    """The adapter that a student starts as: "tensors" (None: a new adapter), "r" and "alpha".
+
+    r, alpha: those of an adapter from --init none or truncate.
+    """
+    start = sources(init, base, teachers)
+    if any("net" in one for one in start):
+        raise ValueError(f"--init {init}: comes from a whole transformer, which no adapter "
+                         "equals; use --full, or --init none")
+    if init == "none":
+        return {"r": r, "alpha": alpha, "tensors": None}
+    if init == "merge":
+        return merge_adapters(start)
+    if init == "factors":
+        return merge_factors(start)
+    if init == "truncate":
+        exact = merge_adapters(start)
+        if r > exact["r"]:
+            raise ValueError(f"--init truncate --lora-r {r}: the exact merge has rank "
+                             f"{exact['r']}; expected no more")
+        return truncate_adapter(exact, r, alpha)
+    return start[0]
+
+
+def cold_start_whole(init, net, base, teachers):
+    """The same for a student that learns whole: net, a copy of base, is changed in place."""
+    if init in ("truncate", "factors"):
+        raise ValueError(f"--init {init} --full: is about an adapter's factors; a whole "
+                         "transformer starts from merge, none, or a checkpoint")
+    start = sources(init, base, teachers)
+    if start:
+        average_weights(net, base, start)

@@ -1,0 +1,360 @@
+"""The forms of a checkpoint (the table in __init__.py), in and out.
+
+The transformer's q, k and v are one matrix here and three in diffusers. Our adapters keep three
+pairs of factors beside the one matrix, so nothing is lost either way. In a merged file W + scale
+B A is computed in float32 and rounded to the dtype of the file: only that step is not exact.
+"""
+import json
+from pathlib import Path
+
+import torch
+
+from checkpoints.state import weights
+from model import PREFIX, load_mmdit
+from plumbing.files import (
+    check_shapes,
+    open_tensors,
+    read_pt,
+    shapes_of,
+    write_pt,
+    write_tensors,
+    write_text,
+)
+
+# ------------------------------------------------------------------ our own form
+
+# What each of our files holds. r is the rank, and alpha / r scales the product B A.
+FIELDS = {"task": str, "anchor": bool, "base": str, "r": int, "alpha": (int, float),
+          "tensors": dict, "settings": dict}
+
+
+def save_adapter(path, rank=0, **fields):
+    """Write a teacher or a student: FIELDS and any more. Only rank 0 writes. Returns the path."""
+    assert set(FIELDS) <= set(fields), f"an adapter has {', '.join(FIELDS)}"
+    if rank == 0:
+        write_pt(path, fields)
+    return Path(path)
+
+
+def read_adapter(path, base):
+    """Read what save_adapter wrote.
+
+    ValueError if it is something else, or if it belongs to another base. base: a fingerprint.
+    """
+    adapter = read_pt(path, FIELDS)
+    for key, kind in FIELDS.items():
+        if not isinstance(adapter[key], kind):
+            got = type(adapter[key]).__name__
+            raise ValueError(f"{path}: '{key}' is a {got}, expected {kind}")
+    check_finite(adapter["tensors"], path)
+    if adapter["base"] != base:
+        raise ValueError(f"{path}: is an adapter of base {adapter['base']}, but --model has "
+                         f"fingerprint {base}; an adapter fits the base it was trained on")
+    return adapter
+
+
+def check_finite(tensors, path):
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.isfinite().all():
+            raise ValueError(f"{path}: '{name}' is not a tensor of finite numbers")
+
+
+# ------------------------------------------------------------------ the names in diffusers
+
+# A layer here -> the modules that it is there.
+THEIRS = {
+    "x_block.attn.qkv": ("to_q", "to_k", "to_v"),
+    "x_block.attn.proj": ("to_out.0",),
+    "context_block.attn.qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "context_block.attn.proj": ("to_add_out",),
+}
+TARGETS = sorted(f"attn.{name}" for names in THEIRS.values() for name in names)
+
+
+def their_modules(layer):
+    """"joint_blocks.3.x_block.attn.qkv" -> ["transformer_blocks.3.attn.to_q", "....to_k", ...]."""
+    _, block, part = layer.split(".", 2)
+    return [f"transformer_blocks.{block}.attn.{name}" for name in THEIRS[part]]
+
+
+def to_diffusers(tensors):
+    """The tensors of an adapter under the names that diffusers and PEFT give them.
+
+    {layer.A (n, r, D), layer.B (n, D, r)} ->
+    {module.lora_A.weight (r, D), module.lora_B.weight (D, r)}, n modules a layer.
+    """
+    theirs = {}
+    for name, tensor in tensors.items():
+        layer, factor = name.rsplit(".", 1)
+        for module, part in zip(their_modules(layer), tensor):
+            theirs[f"{module}.lora_{factor}.weight"] = part.contiguous()
+    return theirs
+
+
+def from_diffusers(theirs, net, r, path):
+    """The way back. ValueError names a tensor that does not fit an adapter of rank r."""
+    layers = net.lora_layers()
+    want = {}
+    for layer, linear in layers.items():
+        for module in their_modules(layer):
+            want[f"{module}.lora_A.weight"] = (r, linear.in_features)
+            want[f"{module}.lora_B.weight"] = (linear.in_features, r)
+    try:
+        check_shapes(want, shapes_of(theirs), path)
+    except ValueError as error:
+        targets = ", ".join(TARGETS)
+        raise ValueError(f"{error}: an adapter has rank {r} here, on {targets} of every block, "
+                         "as Flow-GRPO trains") from None
+    ours = {}
+    for layer in layers:
+        for factor in "AB":
+            parts = [theirs[f"{module}.lora_{factor}.weight"] for module in their_modules(layer)]
+            ours[f"{layer}.{factor}"] = torch.stack(parts).float()
+    check_finite(ours, path)
+    return ours
+
+
+def read_tensors(path):
+    """A safetensors file -> {name: tensor}, which is mapped and not read, and its metadata."""
+    with open_tensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return tensors, file.metadata() or {}
+
+
+def drop_prefix(prefix, named):
+    return {name.removeprefix(prefix): value for name, value in named.items()}
+
+
+# ------------------------------------------------------------------ PEFT's folder
+
+PEFT_PREFIX = "base_model.model."
+# The product B A does not depend on these keys of a PEFT config, or they are read here.
+NEUTRAL = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode",
+    "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "lora_dropout",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "megatron_core", "qalora_group_size", "ensure_weight_tying",
+}
+# Every other key must be off, ...
+OFF = (None, False, "none", {}, [])
+# ... or, for init_lora_weights, start a plain adapter on unchanged weights.
+PLAIN_STARTS = (True, "gaussian", "orthogonal")
+
+
+def read_peft_config(file):
+    """The config of a PEFT adapter. ValueError if it asks for anything but plain LoRA."""
+    try:
+        config = json.loads(file.read_text())
+        r = config["r"]
+        alpha = config["lora_alpha"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: expected a PEFT adapter's config: "
+                         f"{type(error).__name__} {error}") from None
+    kind = config.get("peft_type")
+    numbers = isinstance(r, int) and r > 0 and isinstance(alpha, (int, float))
+    if kind != "LORA" or not numbers:
+        raise ValueError(f"{file}: peft_type {kind}, r {r}, lora_alpha {alpha}; "
+                         "expected LORA and two numbers")
+    for key, value in config.items():
+        plain_start = key == "init_lora_weights" and value in PLAIN_STARTS
+        if key not in NEUTRAL and value not in OFF and not plain_start:
+            raise ValueError(f"{file}: {key} is {value!r}, which changes what the adapter "
+                             "computes; only plain LoRA is read here")
+    return config
+
+
+def alpha_of(config, r):
+    """The alpha of a PEFT config for our scale, alpha / r; without one it is r.
+
+    rsLoRA's scale is alpha / sqrt(r).
+    """
+    alpha = config.get("lora_alpha", r)
+    if config.get("use_rslora"):
+        alpha = alpha * r ** 0.5
+    return alpha
+
+
+def read_peft(folder, net):
+    """A PEFT folder -> {"tensors", "r", "alpha"}."""
+    folder = Path(folder)
+    config = read_peft_config(folder / "adapter_config.json")
+    theirs, _ = read_tensors(folder / "adapter_model.safetensors")
+    r = config["r"]
+    tensors = from_diffusers(drop_prefix(PEFT_PREFIX, theirs), net, r, folder)
+    return {"tensors": tensors, "r": r, "alpha": alpha_of(config, r)}
+
+
+def write_peft(folder, adapter, base_name):
+    """Write what peft.PeftModel.from_pretrained(transformer, folder) reads."""
+    folder = Path(folder)
+    theirs = to_diffusers(adapter["tensors"])
+    theirs = {PEFT_PREFIX + name: tensor for name, tensor in theirs.items()}
+    write_tensors(folder / "adapter_model.safetensors", theirs, {"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_name,
+        "r": adapter["r"],
+        "lora_alpha": adapter["alpha"],
+        "lora_dropout": 0.0,
+        "target_modules": TARGETS,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": "gaussian",
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2))
+
+
+# ------------------------------------------------------------------ the single file of diffusers
+
+DIFFUSERS_PREFIX = "transformer."
+# Keys of the config in its metadata that must be off.
+UNREAD = ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias")
+
+
+def write_diffusers(path, adapter):
+    """Write the single file that pipeline.load_lora_weights takes.
+
+    A file without metadata means alpha = r, so the scale is multiplied into B.
+    """
+    scale = adapter["alpha"] / adapter["r"]
+    scaled = {}
+    for name, tensor in adapter["tensors"].items():
+        scaled[name] = tensor * scale if name.endswith(".B") else tensor
+    theirs = to_diffusers(scaled)
+    theirs = {DIFFUSERS_PREFIX + name: tensor for name, tensor in theirs.items()}
+    write_tensors(path, theirs, {"format": "pt"})
+
+
+def read_diffusers(path, net):
+    """Such a file -> {"tensors", "r", "alpha"}.
+
+    A file that says its alpha in its metadata is scaled by it; others mean alpha = r.
+    """
+    theirs, metadata = read_tensors(path)
+    theirs = drop_prefix(DIFFUSERS_PREFIX, theirs)
+    config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    config = drop_prefix(DIFFUSERS_PREFIX, config)
+    factors = (".lora_A.weight", ".lora_B.weight")
+    odd = [name for name in theirs if not name.endswith(factors)]
+    odd += [key for key in UNREAD if config.get(key)]
+    if odd:
+        raise ValueError(f"{path}: has '{odd[0]}', which is not read here; expected plain LoRA, "
+                         "named transformer.transformer_blocks.*.attn.*.lora_A.weight")
+    ranks = [len(tensor) for name, tensor in theirs.items() if name.endswith(".lora_A.weight")]
+    r = ranks[0] if ranks else 0
+    tensors = from_diffusers(theirs, net, r, path)
+    return {"tensors": tensors, "r": r, "alpha": alpha_of(config, r)}
+
+
+# ------------------------------------------------------------------ whole transformers
+
+
+def merged_weights(net, adapter):
+    """{name: W + alpha / r * B A} of every layer that the adapter changes, in float32.
+
+    The n products of a layer (q, k and v) stand one below the other, as in its one matrix.
+    """
+    scale = adapter["alpha"] / adapter["r"]
+    merged = {}
+    for layer, linear in net.lora_layers().items():
+        like = dict(device=linear.weight.device, dtype=torch.float32)
+        A = adapter["tensors"][f"{layer}.A"].to(**like)                 # (n, r, D)
+        B = adapter["tensors"][f"{layer}.B"].to(**like)                 # (n, D, r)
+        update = scale * (B @ A).flatten(0, 1)                          # (n D, D)
+        merged[f"{layer}.weight"] = linear.weight.float() + update
+    return merged
+
+
+def save_whole(path, changed, source, rank=0, **metadata):
+    """Write a copy of a model's file in which some of the transformer's tensors are changed.
+
+    source: the file, whatever else is in it. changed: {name: tensor}; they are written in the
+    file's dtype. metadata is added to the file's own. Only rank 0 writes. Returns the path.
+    """
+    if rank > 0:
+        return Path(path)
+    tensors, known = read_tensors(source)
+    inside = any(name.startswith(PREFIX["mmdit"]) for name in tensors)
+    prefix = PREFIX["mmdit"] if inside else ""
+    for name, tensor in changed.items():
+        dtype = tensors[prefix + name].dtype
+        tensors[prefix + name] = tensor.to("cpu", dtype).contiguous()
+    known.update({key: str(value) for key, value in metadata.items()})
+    write_tensors(path, tensors, known)
+    return Path(path)
+
+
+def read_whole(path, metadata, net, task):
+    """A transformer of the base's shape -> {"task", "anchor", "net"}, on the base's device."""
+    weight = net.context_embedder.weight
+    whole = load_mmdit(path, weight.device, weight.dtype)
+    if whole.cfg != net.cfg:
+        raise ValueError(f"{path}: is a transformer of another shape ({whole.cfg}), "
+                         f"expected that of --model ({net.cfg})")
+    check_task(task, metadata.get("task", task), path)
+    return {"task": task or metadata.get("task", ""), "anchor": metadata.get("anchor") == "True",
+            "net": whole}
+
+
+# ------------------------------------------------------------------ what a script has trained
+
+
+def save_trained(path, net, adapter, model, rank, **fields):
+    """Write what has learnt, of a teacher or a student: an adapter or a whole transformer.
+
+    path: FILE.pt; a whole is written to FILE.safetensors beside it. adapter: its name in net, or
+    None for a whole. model: the worlds.Model that it started from. fields: the rest of FIELDS; a
+    whole keeps only its task and whether it is an anchor.
+    Every rank has to call it; rank 0 writes. Returns the path.
+    """
+    if adapter is None:
+        path = Path(path).with_suffix(".safetensors")
+        return save_whole(path, weights(net), model.file, rank, task=fields["task"],
+                          anchor=fields["anchor"])
+    tensors = net.adapter(adapter)
+    return save_adapter(path, rank, base=model.fingerprint, tensors=tensors, **fields)
+
+
+# ------------------------------------------------------------------ any form
+
+
+def check_task(task, trained_on, path):
+    """ValueError if a checkpoint is called by one task and was trained on another."""
+    if task and task != trained_on:
+        raise ValueError(f"{task}={path}: is called '{task}', but was trained on '{trained_on}'")
+
+
+def split_label(spec):
+    """"ocr=path/to/it" -> ("ocr", "path/to/it"); without a label ("", path)."""
+    label, equals, path = spec.partition("=")
+    if equals and "/" not in label:
+        return label, path
+    return "", spec
+
+
+def read(path, net, task=""):
+    """A checkpoint in any form -> the dict of __init__.py.
+
+    net: the base. task: the task of a checkpoint that does not know it. ValueError if it has none
+    of the forms, does not fit the base, or was trained on another task.
+    """
+    unknown = {"task": task, "anchor": False}
+    if Path(path).is_dir():
+        return {**unknown, **read_peft(path, net)}
+    if Path(path).suffix != ".safetensors":
+        adapter = read_adapter(path, net.fingerprint)
+        check_task(task, adapter["task"], path)
+        return adapter
+    with open_tensors(path) as file:
+        names = list(file.keys())
+        metadata = file.metadata() or {}
+    if any(".lora_" in name for name in names):
+        return {**unknown, **read_diffusers(path, net)}
+    return read_whole(path, metadata, net, task)

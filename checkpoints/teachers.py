@@ -1,0 +1,63 @@
+"""The teachers of a run: read, checked as a set, and attached to the network."""
+from checkpoints.formats import read, split_label
+from plumbing.files import fingerprint
+
+
+def read_teachers(specs, net, tasks):
+    """{task: teacher} of --teachers. ValueError if a file or the set of them will not do.
+
+    specs: "PATH" or "TASK=PATH" each; net: the base; tasks: those to which prompts can be routed.
+    """
+    if not specs:
+        raise ValueError("--teachers: got none, expected adapters written by train_grpo.py, "
+                         "e.g. --teachers ckpt/*.pt")
+    teachers = {}
+    paths = {}
+    for spec in specs:
+        label, path = split_label(spec)
+        teacher = read(path, net, label)
+        task = teacher["task"]
+        if task not in tasks:
+            hint = "" if task else "; say TASK=PATH"
+            raise ValueError(f"{spec}: is trained on '{task}', expected one of "
+                             f"{', '.join(tasks)}, to which prompts can be routed{hint}")
+        if task in teachers:
+            raise ValueError(f"{path}: is a second teacher of '{task}', after {paths[task]}; "
+                             "a prompt is routed to one")
+        teachers[task] = teacher
+        paths[task] = path
+    return teachers
+
+
+def attach(teachers, net):
+    """Add the teachers that are adapters to net, each under the name of its task.
+
+    Returns {task: fingerprint} of all of them, by which a resumed run knows its teachers.
+    """
+    known = {}
+    for task, teacher in teachers.items():
+        if "net" in teacher:
+            known[task] = teacher["net"].fingerprint
+        else:
+            net.add_adapter(task, teacher["r"], teacher["alpha"], teacher["tensors"])
+            known[task] = fingerprint(teacher["tensors"])
+    return known
+
+
+def find_anchor(name, lam, teachers):
+    """The task whose teacher anchors all prompts (MAR), or None without an anchor (lam = 0).
+
+    It is the one that --anchor names, or else the one that was trained as the anchor.
+    """
+    if name and (name not in teachers or not lam):
+        raise ValueError(f"--anchor {name}: expected the task of a teacher "
+                         f"({', '.join(teachers)}), and --lam > 0; got --lam {lam}")
+    if not lam:
+        return None
+    if name:
+        return name
+    marked = [task for task, teacher in teachers.items() if teacher["anchor"]]
+    if len(marked) != 1:
+        raise ValueError(f"{len(marked)} of the teachers are marked as the anchor; expected one: "
+                         "say --anchor TASK, or --lam 0 for none")
+    return marked[0]

@@ -1,0 +1,270 @@
+"""The plan: which job runs which command.
+
+A job is a training run and the evaluation of its result. Some only evaluate a checkpoint, or the
+snapshots of another run. A name that ends in -sN is the job with seed N. The shipped teachers
+(ckpt/) teach.
+
+Parts:
+    cost         the teachers once more, with snapshots on the way, and students of theirs
+    main         what the main table compares
+    seesaw       GRPO on several rewards, in other ways
+    mar, cold, objectives, states, beyond      variants at half of the default's budget
+    curves       the snapshots of main and cost, evaluated
+    fixed        KL to the teachers at the same states for all (fixed_states.py)
+
+A variant gets the forward passes of the default (passes.py). A cold start by SFT costs passes of
+its own; they come on top, and are in the tables.
+"""
+import math
+from dataclasses import dataclass
+
+TASKS = ("geneval", "ocr", "quality")
+TEACHERS = {task: f"ckpt/{task}.pt" for task in TASKS}
+# The second teachers. The part cost makes them.
+SECOND = {f"{task}-second": f"runs/rep-{task}-again-s1/adapter.pt" for task in TASKS}
+
+# Forward passes: of distillation with its defaults (100 iterations of 64 images, 33 passes each),
+# and of an image in GRPO.
+BUDGET = 100 * 64 * 33
+GRPO_PASSES = 28
+# Images that the three shipped teachers were trained on.
+TEACHER_IMAGES = 250 * 192 + 225 * 96 + 50 * 96
+# Images whose GRPO costs as much as those teachers and the distillation together.
+WHOLE = TEACHER_IMAGES + BUDGET / GRPO_PASSES
+
+# Seconds on two cores, to plan with. Training is meant with --compile; without, it is slower.
+SECONDS_OPD = 200
+SECONDS_SFT = 120                                       # of 300 iterations
+SECONDS_GRPO_IMAGE = 16 / 1000
+SECONDS_EVAL = 50                                       # of three tasks, twice
+WITHOUT_COMPILE = 1.5
+
+
+# ------------------------------------------------------------------ commands
+
+# Of the several updates a rollout only the first has ratio 1. The paper's clip of 1e-4 would stop
+# the others, so it is off here, or there is only one update.
+NO_CLIP = "--clip 1"
+# Without the anchor, whose weight beside the loss would differ from objective to objective.
+ALONE = "--lam 0"
+# A tenth of the default's rate, which is too high for the noise of a policy gradient.
+SLOW = "--lr 3e-4"
+PG = "--objective pg"
+SAMPLED = "--step-reward sampled"
+FUTURE = "--credit future"
+ODE = "--rollout ode"
+FROM_SFT = "--init runs/rep-sft-s{seed}/student.pt"
+RANK_48 = "--lora-r 48 --lora-alpha 48"
+RANK_16 = "--lora-r 16 --lora-alpha 16"
+
+
+def opd(options="", passes=33, budget=BUDGET, teachers=TEACHERS):
+    """Stage 2, for as many iterations as the budget pays for.
+
+    passes: of one image; budget: of the whole run.
+    """
+    iters = round(budget / passes / 64)
+    return f"train_opd.py --teachers {' '.join(teachers.values())} --iters {iters} {options}"
+
+
+def half(options="", passes=33):
+    """Stage 2 at half of the default's budget, where a slower variant still shows."""
+    return opd(options, passes, BUDGET / 2)
+
+
+def mix(images, tasks=TASKS, options=""):
+    """One GRPO run on several rewards, for so many images."""
+    share = {"geneval": 3, "ocr": 1, "quality": 1}
+    ratio = " ".join(f"{task}={share[task]}" for task in tasks)
+    iters = math.ceil(images / 192)
+    return (f"train_grpo.py --tasks {' '.join(tasks)} --ratio {ratio} --batch 192 --lr 2e-3 "
+            f"--iters {iters} {options}")
+
+
+def sft(options=""):
+    return f"train_sft.py --teachers {' '.join(TEACHERS.values())} {RANK_48} {options}"
+
+
+# part -> job -> its training command. "{seed}" stands for the seed of the job.
+TRAINED = {
+    "cost": {
+        "quality-again": "train_grpo.py --tasks quality --iters 50 --keep 5",
+        "ocr-again": "train_grpo.py --tasks ocr --iters 225 --keep 25",
+        "geneval-again":
+            "train_grpo.py --tasks geneval --batch 192 --lr 2e-3 --iters 250 --keep 25",
+        "opd-second": opd("--anchor quality --keep 5", teachers=SECOND),
+    },
+    "main": {
+        "opd-merge": opd("--keep 5"),
+        "sft": sft(),
+        "opd-sft": opd(f"{FROM_SFT} --keep 5"),
+        # Off policy, with the compute of distillation.
+        "sft-equal": sft("--samples 4320 --iters 650"),
+        "mix-small": mix(BUDGET / GRPO_PASSES),
+        "mix-whole": mix(WHOLE),
+        "mix-whole-group": mix(WHOLE, options="--adv-std group"),
+    },
+    "seesaw": {
+        # A task whose rewards differ little weighs as much as the others.
+        "mix-group": mix(BUDGET / GRPO_PASSES, options="--adv-std group"),
+        "mix-geneval-ocr": mix(48000, ("geneval", "ocr")),
+    },
+    "mar": {
+        "half": half(),
+        "half-lam0": half("--lam 0", passes=28),
+        "half-lam0.1": half("--lam 0.1"),
+        "half-lam0.5": half("--lam 0.5"),
+    },
+    "cold": {
+        "half-sft": half(FROM_SFT),
+        "half-none": half(f"--init none {RANK_48}"),
+        "half-truncate": half(f"--init truncate {RANK_16}"),
+        "half-factors": half("--init factors"),
+    },
+    "objectives": {
+        "half-velocity-lam0": half(f"--objective velocity {ALONE}", passes=28),
+        "half-released-lam0": half(f"--objective released {NO_CLIP} {ALONE}", passes=28),
+        "half-slow-lam0": half(f"{ALONE} {SLOW}", passes=28),
+        "half-pg-dense-slow-lam0": half(f"{PG} {NO_CLIP} {ALONE} {SLOW}", passes=28),
+        "half-pg-dense-future-slow-lam0":
+            half(f"{PG} {FUTURE} {NO_CLIP} {ALONE} {SLOW}", passes=28),
+        "half-pg-sampled-slow-lam0": half(f"{PG} {SAMPLED} {NO_CLIP} {ALONE} {SLOW}", passes=28),
+        "half-pg-sampled-future-slow-lam0":
+            half(f"{PG} {SAMPLED} {FUTURE} {NO_CLIP} {ALONE} {SLOW}", passes=28),
+        # The default's rate, to see its effect on a policy gradient.
+        "half-pg-dense-lam0": half(f"{PG} {NO_CLIP} {ALONE}", passes=28),
+        "half-pg-sampled-lam0": half(f"{PG} {SAMPLED} {NO_CLIP} {ALONE}", passes=28),
+        # As printed: with the anchor; and with one update the ratio is 1, inside the clip range.
+        "half-paper": half(f"{PG} --updates 1"),
+        "half-paper-slow": half(f"{PG} --updates 1 {SLOW}"),
+    },
+    "states": {
+        "half-cps": half("--rollout cps"),
+        # The default's states, but without noise.
+        "half-ode": half(f"{ODE} --supervised 0 5"),
+        "half-ode-all": half(ODE, passes=48),
+        "half-all": half("--noisy 0 8", passes=48),
+        "half-one":
+            half(f"{ODE} --objective velocity --one --steps 16 --noisy 0 1", passes=21),
+    },
+    "beyond": {
+        "half-extrapolate": half("--extrapolate 1.25", passes=38),
+        "half-blend": half("--blend 0.1", passes=43),
+    },
+}
+# part -> job -> a checkpoint that is only evaluated.
+READY = {
+    "cost": {**SECOND, "merge-second": "runs/rep-opd-second-s{seed}/init.pt"},
+    "main": {"base": "base", **TEACHERS, "merge": "runs/rep-opd-merge-s{seed}/init.pt"},
+}
+# run -> the iterations whose snapshots are evaluated. This is the part curves.
+SNAPSHOTS = {
+    "quality-again": (5, 10, 20, 30, 40),
+    "ocr-again": (25, 50, 100, 150, 200),
+    "geneval-again": (25, 50, 100, 150, 200, 225),
+    "opd-merge": (25, 50, 75),
+    "opd-second": (25, 50, 75),
+    "opd-sft": (25, 50, 75),
+}
+PARTS = [*TRAINED, "curves", "fixed"]
+
+
+# ------------------------------------------------------------------ jobs
+
+
+@dataclass
+class Job:
+    part: str
+    seed: int
+    checkpoints: dict                                   # label -> checkpoint to evaluate
+    seconds: float                                      # on two cores
+    command: tuple = ()                                 # of the training; (): there is none
+    source: str = ""                                    # for snapshots: the job that wrote them
+    tasks: tuple = TASKS                                # for snapshots: what they are evaluated on
+
+
+def trained(name, part, seed, text, compile):
+    """The job of a training command."""
+    run = f"rep-{name}-s{seed}"
+    command = [*text.replace("{seed}", str(seed)).split(), "--seed", str(seed), "--name", run]
+    result = f"runs/{run}/student.pt"
+    if command[0] == "train_grpo.py":
+        result = f"runs/{run}/adapter.pt"
+        command += ["--out", result]
+    if compile:
+        command.append("--compile")
+    seconds = SECONDS_EVAL + training_seconds(name, command)
+    return Job(part, seed, {"it": result}, seconds, tuple(command))
+
+
+def snapshots(run, seed):
+    """The job that evaluates the snapshots of a run; a teacher's on its own task."""
+    teacher = run.endswith("again")
+    file = "adapter" if teacher else "student"
+    tasks = (run.removesuffix("-again"),) if teacher else TASKS
+    shots = {str(it): f"runs/rep-{run}-s{seed}/{file}-{it}.pt" for it in SNAPSHOTS[run]}
+    seconds = SECONDS_EVAL / 4 * len(shots) * len(tasks)
+    return Job("curves", seed, shots, seconds, source=f"{run}-s{seed}", tasks=tasks)
+
+
+def seeds_of(name, seeds, grpo_seeds):
+    """The seeds that a job of the plan is run with."""
+    if name.endswith("again"):
+        return [1]
+    if name in ("half-pg-dense-lam0", "half-pg-sampled-lam0", "half-paper-slow"):
+        return [0]
+    if name in ("mix-whole", "mix-whole-group", "mix-group", "mix-geneval-ocr"):
+        return grpo_seeds
+    return seeds
+
+
+def plan(seeds=(0, 1, 2), grpo_seeds=(0,), compile=False):
+    """{name: Job}, in the order in which they run.
+
+    grpo_seeds: of the long runs on several rewards.
+    """
+    jobs = {}
+    for part in TRAINED:
+        for name, text in TRAINED[part].items():
+            for seed in seeds_of(name, seeds, grpo_seeds):
+                jobs[f"{name}-s{seed}"] = trained(name, part, seed, text, compile)
+        for name, path in READY.get(part, {}).items():
+            for seed in seeds_of(name, seeds, grpo_seeds):
+                checkpoint = path.replace("{seed}", str(seed))
+                jobs[f"{name}-s{seed}"] = Job(part, seed, {"it": checkpoint}, SECONDS_EVAL)
+    for run in SNAPSHOTS:
+        for seed in seeds_of(run, seeds, grpo_seeds):
+            jobs[f"curve-{run}-s{seed}"] = snapshots(run, seed)
+    return jobs
+
+
+def commands():
+    """{job without its seed: its training command, of any of its seeds}."""
+    found = {}
+    for name, job in plan().items():
+        if job.command:
+            found[name.rsplit("-s", 1)[0]] = job.command
+    return found
+
+
+def option(command, flag, default):
+    """The whole number behind a flag of a command."""
+    if flag not in command:
+        return default
+    return int(command[command.index(flag) + 1])
+
+
+def training_seconds(name, command):
+    """Seconds of a training command on two cores."""
+    iters = option(command, "--iters", 300)
+    if command[0] == "train_grpo.py":
+        seconds = iters * option(command, "--batch", 96) * SECONDS_GRPO_IMAGE
+    elif command[0] == "train_sft.py":
+        seconds = SECONDS_SFT * iters / 300
+    elif name.startswith("half"):
+        seconds = SECONDS_OPD / 2
+    else:
+        seconds = SECONDS_OPD
+    if "--compile" not in command:
+        seconds *= WITHOUT_COMPILE
+    return seconds

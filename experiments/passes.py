@@ -1,0 +1,60 @@
+"""Compute, counted in forward passes of the network for one image.
+
+A backward pass counts as two. Scoring and the VAE are left out. With the defaults:
+    GRPO           28 an image: 8 rollout steps; on each of the 5 trained ones the policy (1 + 2)
+                   and the reference (1)
+    distillation   33 an image: 8 rollout steps; on each of the 5 supervised ones the teacher (1),
+                   the anchor (1) and the student (1 + 2)
+"""
+import train_grpo
+import train_opd
+import train_sft
+from plumbing import cli
+
+
+def sft_passes(cfg):
+    """The teachers draw the pictures; then each iteration is an update on a batch."""
+    return cfg.samples * cfg.steps + cfg.iters * cfg.batch * 3
+
+
+def grpo_passes(cfg):
+    first, end = cfg.noisy
+    reference = 1 if cfg.beta > 0 else 0
+    per_image = cfg.steps + (end - first) * (3 + reference)
+    return cfg.iters * cfg.batch * per_image
+
+
+def supervised_steps(cfg):
+    """How many states of a trajectory are supervised."""
+    if cfg.one:
+        return 1
+    if cfg.supervised:
+        first, end = cfg.supervised
+    elif cfg.rollout == "ode":
+        return cfg.steps
+    else:
+        first, end = cfg.noisy
+    return end - first
+
+
+def opd_passes(cfg):
+    targets = 1                                         # the prompt's own teacher
+    if cfg.blend > 0:
+        targets += len(cfg.teachers) - 1
+    if cfg.extrapolate != 1:
+        targets += 1                                    # the base
+    if cfg.lam > 0:
+        targets += 1                                    # the anchor
+    per_image = cfg.steps + supervised_steps(cfg) * (targets + 3)
+    return cfg.iters * cfg.batch * per_image
+
+
+def passes(command):
+    """Forward passes of a training command, by its options."""
+    script, *options = map(str, command)
+    if script == "train_sft.py":
+        return sft_passes(cli.parse(train_sft.Config, options))
+    if script == "train_grpo.py":
+        return grpo_passes(cli.parse(train_grpo.Config, options))
+    assert script == "train_opd.py", f"unknown script {script}"
+    return opd_passes(cli.parse(train_opd.Config, options))

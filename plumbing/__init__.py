@@ -1,0 +1,1 @@
+"""The parts that teach nothing about the method: command line, processes, files and logs."""

@@ -1,0 +1,148 @@
+"""A dataclass is the whole command line: each field is a flag, the comment above it is its help.
+
+    @dataclass
+    class Config:
+        # --- rollout
+        # Steps of a rollout (K).
+        steps: int = 8
+
+A comment that starts with "# ---" opens a group of the help text.
+"""
+import argparse
+import dataclasses
+import inspect
+import math
+import os
+import sys
+import time
+import types
+import typing
+
+import torch.distributed as dist
+
+
+def field_docs(cls):
+    """Read the source of a dataclass: field -> (its group, the comment above it)."""
+    docs = {}
+    group = "options"
+    comment = []
+    for line in inspect.getsource(cls).splitlines():
+        line = line.strip()
+        name, colon, _ = line.partition(":")
+        if line.startswith("# ---"):
+            group = line.strip("# -")
+        elif line.startswith("#"):
+            comment.append(line.removeprefix("#").strip())
+        elif colon and name.isidentifier():
+            docs[name] = (group, " ".join(comment))
+            comment = []
+        else:
+            comment = []
+    return docs
+
+
+def default_of(field):
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def argument(kind, default):
+    """What argparse needs to know about a field of this type."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is list:
+        return dict(nargs="*", type=args[0])
+    if kind is bool:
+        return dict(action=argparse.BooleanOptionalAction)
+    if origin is typing.Literal:
+        return dict(choices=args)
+    if origin is types.UnionType:                       # "int | None" reads an int
+        kind = next(arg for arg in args if arg is not type(None))
+    return dict(type=kind)
+
+
+def parse(cls, argv=None, presets=None, positional=()):
+    """Parse the command line into a cls.
+
+    presets: a function from --model to {field: default}, for defaults that follow from the model.
+    positional: the fields that need no flag.
+    """
+    docs = field_docs(cls)
+    changed = {}
+    if presets:
+        peek = argparse.ArgumentParser(add_help=False)
+        peek.add_argument("--model", default=cls.model)
+        changed = presets(peek.parse_known_args(argv)[0].model)
+        assert set(changed) <= set(docs), "a preset names a field that does not exist"
+    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        group, doc = docs[field.name]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        default = changed.get(field.name, default_of(field))
+        doc = f"{doc} (default: {default})".replace("%", "%%")
+        how = dict(argument(hints[field.name], default), default=default, help=doc)
+        if field.name in positional:
+            groups[group].add_argument(field.name, nargs="?", **how)
+        else:
+            groups[group].add_argument("--" + field.name.replace("_", "-"), **how)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def run(main, cls, **how):
+    """Parse, run main, and turn a ValueError (bad input) into one line and exit code 2.
+
+    DEBUG=1 shows the whole traceback. The keywords are parse's.
+    """
+    try:
+        main(parse(cls, **how))
+    except ValueError as error:
+        if os.environ.get("DEBUG"):
+            raise
+        rank = int(os.environ.get("RANK", 0))
+        # Most bad input is met by every rank. Rank 0 then says so, and torchrun ends the others
+        # in their sleep.
+        if rank > 0:
+            time.sleep(5)
+        who = f" (rank {rank})" if rank else ""
+        print(f"error{who}: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)                                     # at once: no rank waits for another
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def positive(cfg, *names):
+    """ValueError unless these options are above 0, and all other numbers finite and at least 0."""
+    for name, value in vars(cfg).items():
+        if not isinstance(value, (int, float)):
+            continue
+        flag = "--" + name.replace("_", "-")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{flag} {value}: expected a finite number of 0 or more")
+        if value == 0 and name in names:
+            raise ValueError(f"{flag} {value}: expected a finite number greater than 0")
+
+
+def check_rollout(cfg, world_size):
+    """ValueError unless the options of a rollout fit each other. For both training stages."""
+    unit = cfg.group * world_size * cfg.updates
+    if cfg.batch % unit:
+        raise ValueError(f"--batch {cfg.batch} with --group {cfg.group}, {world_size} rank(s) and "
+                         f"--updates {cfg.updates}: groups are never split, so the batch must be "
+                         f"a multiple of {unit}")
+    ode = cfg.rollout == "ode"
+    ordered = len(cfg.noisy) == 2 and 0 <= cfg.noisy[0] < cfg.noisy[1] <= cfg.steps
+    if not ode and not ordered:
+        raise ValueError(f"--noisy {cfg.noisy}: expected FROM TO with "
+                         f"0 <= FROM < TO <= --steps {cfg.steps}")
+    if cfg.rollout == "cps" and cfg.a > 1:
+        raise ValueError(f"--a {cfg.a} --rollout cps: expected 1 or less; std = t_next sin(a pi / "
+                         "2), and at 1 all noise is new")
+    if cfg.rollout == "cps" and cfg.noisy[1] == cfg.steps:
+        raise ValueError(f"--noisy {cfg.noisy} --rollout cps: the last CPS step has no noise and "
+                         f"so no density; end at {cfg.steps - 1}")

@@ -1,0 +1,137 @@
+"""Processes: torch.distributed with one rank a GPU (or a CPU core), or a single plain process."""
+import math
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+
+def choose_device(device, world_size, local_ranks):
+    """"auto" -> "cuda" if there is a GPU for each rank, else "mps" or "cpu"; others are checked."""
+    gpus = torch.cuda.device_count()
+    if device == "auto":
+        if gpus >= local_ranks:
+            return "cuda"
+        if gpus and os.environ.get("RANK", "0") == "0":
+            print(f"{local_ranks} ranks, but {gpus} GPU(s): all run on the CPU. Start one rank a "
+                  f"GPU (torchrun --nproc_per_node={gpus}, make RANKS={gpus})", file=sys.stderr)
+        return "mps" if torch.backends.mps.is_available() and world_size == 1 else "cpu"
+    if device not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"--device {device}: expected auto, cuda, mps or cpu "
+                         "(choose a GPU with CUDA_VISIBLE_DEVICES)")
+    if device == "cuda" and gpus < local_ranks:
+        raise ValueError(f"--device cuda: {local_ranks} rank(s) here, but this machine (or this "
+                         f"build of torch) has {gpus} CUDA device(s); use --device cpu")
+    if device == "mps" and world_size > 1:
+        raise ValueError("--device mps: torch.distributed has no backend for it; "
+                         "run one process, or use --device cpu")
+    return device
+
+
+def setup(device="auto", seed=0):
+    """Start torch.distributed if torchrun launched us. Returns rank, world size, device."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(device, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world_size > 1:
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    torch.manual_seed(seed)
+    return rank, world_size, torch.device(device)
+
+
+def autocast(device):
+    """bfloat16 on a GPU; nothing elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+# ------------------------------------------------------------------ between the ranks
+
+
+def sync_mean(x):
+    """Average a tensor over the ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def gather(x):
+    """Concatenate a tensor (the same shape on every rank) over the ranks, in rank order."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def barrier():
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def share(batch, updates, rank, world_size):
+    """The indices of this rank's images: its part of the first minibatch, of the second, ...
+
+    So minibatch u holds the same images however many ranks there are.
+    """
+    return torch.arange(batch).view(updates, world_size, -1)[:, rank].flatten().tolist()
+
+
+# ------------------------------------------------------------------ the network
+
+
+def distribute(net, full):
+    """Wrap a net so that its gradients are averaged over the ranks.
+
+    An adapter's net is wrapped in DDP. A net that learns whole is sharded in place by FSDP2: each
+    rank then holds its part of weights, gradients and optimiser state, and the whole weights of a
+    block only while the block runs.
+    """
+    if not dist.is_initialized():
+        return net
+    if not full:
+        return DDP(net, broadcast_buffers=False)
+    device = net.pos_embed.device.type
+    half = torch.bfloat16 if device == "cuda" else None
+    precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32,
+                                     cast_forward_inputs=False)     # x and t stay float32
+    mesh = dist.init_device_mesh(device, (dist.get_world_size(),))
+    for module in [*net.joint_blocks, net]:
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+    return net
+
+
+def clip_gradients(params, most=1.0):
+    """Clip the norm of the gradients of all params together. Returns the norm before that."""
+    norm = torch.nn.utils.clip_grad_norm_(params, most)
+    if hasattr(norm, "full_tensor"):                    # sharded
+        norm = norm.full_tensor()
+    return norm.item()
+
+
+def check_finite(grad_norm, it):
+    """Stop rather than train on. All ranks see the same norm, so all stop together."""
+    if not math.isfinite(grad_norm):
+        raise ValueError(f"iteration {it + 1}: the gradient is {grad_norm}; expected a finite one. "
+                         "Lower --lr or --a, or look at the rewards")
+
+
+def compile_blocks(net):
+    """torch.compile block by block, in place: names stay, and equal blocks are compiled once.
+
+    The first step then takes 20 seconds to minutes longer.
+    """
+    # One graph for each kind of block, of adapter (none, a name, a Route) and of grad mode.
+    torch._dynamo.config.recompile_limit = 64
+    for block in net.joint_blocks:
+        block.compile()

@@ -1,0 +1,135 @@
+"""Files that are whole or not there: one atomic writer, one safe reader, one strict check."""
+import contextlib
+import hashlib
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+# ------------------------------------------------------------------ writing
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Gives a temporary path to write to, and renames it to path when the block ends well.
+
+    The data is on the disk before the rename, so path is the old file or the new one, never half
+    of one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    yield tmp
+    with open(tmp, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+
+
+def write_pt(path, obj):
+    """Write plain tensors and containers by torch.save."""
+    with atomic(path) as tmp:
+        torch.save(obj, tmp)
+
+
+def write_text(path, text):
+    with atomic(path) as tmp:
+        tmp.write_text(text)
+
+
+def write_tensors(path, tensors, metadata=None):
+    """Write a safetensors file. tensors: {name: tensor}; metadata: {str: str}."""
+    with atomic(path) as tmp:
+        save_file(tensors, tmp, metadata)
+
+
+# ------------------------------------------------------------------ reading
+
+
+def first_line(error):
+    """An exception's message, cut to what fits into one line."""
+    return " ".join(str(error).split())[:200]
+
+
+def read_pt(path, keys=()):
+    """torch.load of plain tensors and containers (never pickled code), with the keys it must have.
+
+    Raises ValueError if the file is missing, is damaged, holds code, or lacks a key.
+    """
+    mmap = zipfile.is_zipfile(path)                     # torch's form before 1.6 cannot be mapped
+    try:
+        obj = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: holds something other than plain tensors and containers "
+                         "(pickled code is refused), or is corrupt") from None
+    except Exception as error:                          # a damaged file can fail anywhere
+        raise ValueError(f"{path}: not a readable checkpoint "
+                         f"({type(error).__name__}: {first_line(error)})") from None
+    missing = [key for key in keys if not isinstance(obj, dict) or key not in obj]
+    if missing:
+        raise ValueError(f"{path}: expected a checkpoint with {', '.join(keys)}; "
+                         f"it lacks {', '.join(missing)}")
+    return obj
+
+
+def open_tensors(path):
+    """A safetensors file, memory-mapped (use it in a with). ValueError if it is not a whole one."""
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: expected a safetensors file, got: {first_line(error)}") from None
+
+
+def shapes_of(tensors):
+    """{name: tensor} -> {name: shape}."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_shapes(want, got, path, prefix=""):
+    """The one strict check: want and got, both {name: shape}, must be equal.
+
+    The ValueError names the first tensor that is missing, superfluous or of another shape, and
+    says how many others there are.
+    """
+    wrong = [name for name in sorted(want.keys() | got.keys()) if want.get(name) != got.get(name)]
+    if not wrong:
+        return
+    name = wrong[0]
+    more = f" ({len(wrong) - 1} more do not fit)" if len(wrong) > 1 else ""
+    raise ValueError(f"{path}: tensor '{prefix}{name}' is {got.get(name, 'missing')}, "
+                     f"expected {want.get(name, 'no such tensor')}{more}")
+
+
+# ------------------------------------------------------------------ naming
+
+
+class Fingerprint:
+    """A short name for a set of weights: a hash of names, shapes and samples of the numbers.
+
+    It is the same whatever dtype the weights are later loaded in.
+    """
+
+    def __init__(self):
+        self.digest = hashlib.sha256()
+
+    def add(self, name, tensor):
+        flat = tensor.flatten()
+        self.digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        sample = flat[:: max(1, flat.numel() // 64)]
+        self.digest.update(sample.float().numpy().tobytes())
+
+    def name(self):
+        return self.digest.hexdigest()[:16]
+
+
+def fingerprint(tensors):
+    """The Fingerprint of {name: tensor}."""
+    digest = Fingerprint()
+    for name in sorted(tensors):
+        digest.add(name, tensors[name])
+    return digest.name()

@@ -1,0 +1,50 @@
+"""The log of a run: one line an iteration on the screen, and the same in DIR/log.jsonl."""
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from plumbing.files import write_text
+
+
+def iteration_of(line):
+    """The iteration that a line of the log is about; infinity for a line that a kill cut short."""
+    try:
+        return json.loads(line)["iter"]
+    except json.JSONDecodeError:
+        return float("inf")
+
+
+def shown(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def stored(value):
+    return round(value, 8) if isinstance(value, float) else value
+
+
+class Log:
+    """Only rank 0 writes. The settings of the run go to DIR/config.json."""
+
+    def __init__(self, folder, rank, config, resume_at=0):
+        self.path = Path(folder) / "log.jsonl"
+        self.on = rank == 0
+        if not self.on:
+            return
+        # A resumed run forgets the lines after the state that it goes on from, so that no
+        # iteration stands there twice.
+        lines = []
+        if resume_at and self.path.exists():
+            lines = self.path.read_text().splitlines()
+        kept = [line + "\n" for line in lines if iteration_of(line) <= resume_at]
+        write_text(self.path, "".join(kept))
+        write_text(self.path.parent / "config.json", json.dumps(config, indent=1))
+
+    def __call__(self, row):
+        """row: a dict of numbers with "iter"."""
+        if not self.on:
+            return
+        line = json.dumps({key: stored(value) for key, value in row.items()})
+        with open(self.path, "a") as file:
+            file.write(line + "\n")
+        tqdm.write(" ".join(f"{key} {shown(value)}" for key, value in row.items()))

@@ -1,0 +1,63 @@
+"""The picture of an evaluation: rows are prompts, columns are models."""
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+RIGHT = 0.9                          # a score of at least this counts as right
+GREEN, RED = (30, 150, 60), (205, 40, 40)
+LEFT, TOP, GAP, LINE = 330, 24, 12, 16          # pixels: prompts, labels, between, scores
+
+
+def to_bytes(image):
+    """(3, H, W) in [0, 1] -> (H, W, 3), 0 to 255, as Pillow takes it."""
+    return (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
+
+
+def choose_rows(shown, rows):
+    """The prompts of the picture: the first of each task on which the models disagree.
+
+    shown: {label: {task: [(prompt, image, score)]}}. Returns [(task, index)]. Where a task has too
+    few of those, its first other prompts follow.
+    """
+    some = next(iter(shown.values()))
+    chosen = []
+    for n, task in enumerate(some):
+        wanted = (n + 1) * rows // len(some) - n * rows // len(some)
+        disagree, agree = [], []
+        for i in range(len(some[task])):
+            verdicts = {cells[task][i][2] >= RIGHT for cells in shown.values()}
+            if len(verdicts) > 1:
+                disagree.append(i)
+            else:
+                agree.append(i)
+        chosen += [(task, i) for i in sorted((disagree + agree)[:wanted])]
+    return chosen
+
+
+def draw_grid(shown, path, rows, scale=3):
+    """Write a PNG. A green frame is right, a red one wrong; the score stands below."""
+    labels = list(shown)
+    chosen = choose_rows(shown, rows)
+    task, i = chosen[0]
+    side = shown[labels[0]][task][i][1].shape[-1]
+    side = side * scale if side < 128 else 256
+    width = side + GAP
+    height = side + GAP + LINE
+    size = (LEFT + len(labels) * width, TOP + len(chosen) * height)
+    canvas = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(13)
+    for row, (task, i) in enumerate(chosen):
+        y = TOP + row * height
+        prompt = shown[labels[0]][task][i][0]
+        pen.text((6, y + side // 2 - 8), prompt, fill="black", font=font)
+        for column, label in enumerate(labels):
+            x = LEFT + column * width
+            _, image, score = shown[label][task][i]
+            color = GREEN if score >= RIGHT else RED
+            pen.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), fill=color)
+            tile = Image.fromarray(to_bytes(image))
+            canvas.paste(tile.resize((side, side), Image.NEAREST), (x, y))
+            pen.text((x, y + side + 3), f"{score:.2f}", fill=color, font=font)
+    for column, label in enumerate(labels):
+        pen.text((LEFT + column * width, 2), label, fill="black", font=font)
+    canvas.save(path)

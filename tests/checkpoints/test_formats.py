@@ -1,0 +1,321 @@
+"""Facts about checkpoints/formats.py, on random weights in the released layouts.
+
+What is written means the same to PEFT and to diffusers (`make oracles` installs them), every form
+comes back, and what does not fit is refused.
+"""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mini_sd3
+import pytest
+import torch
+from mini_sd3 import MEDIUM
+from safetensors.torch import load_file, save_file
+
+import checkpoints.__main__ as convert
+from checkpoints import formats
+from checkpoints.cold_start import average_weights
+from model import PREFIX, MMDiT, load_mmdit
+
+ROOT = Path(__file__).parents[2]
+ORACLES = "needs the oracles: make oracles"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """As much of SD3.5's published folder as checkpoints need."""
+    folder = tmp_path_factory.mktemp("sd3") / "stable-diffusion-3.5-mini"
+    folder.mkdir()
+    mini_sd3.write_file(folder / "sd3.5_medium.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def file(folder):
+    return folder / "sd3.5_medium.safetensors"
+
+
+@pytest.fixture
+def net(file):
+    return load_mmdit(file)
+
+
+def relative(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+def inputs():
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(3, MEDIUM.channels, 12, 20, generator=g)
+    context = torch.randn(3, 9, MEDIUM.context_dim, generator=g)
+    pooled = torch.randn(3, MEDIUM.pooled_dim, generator=g)
+    return x, torch.tensor([1.0, 0.37, 0.0089]), context, pooled
+
+
+def random_adapter(net, r=3, alpha=5.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, layer in net.lora_layers().items():
+        D = layer.in_features
+        tensors[f"{name}.A"] = torch.randn(layer.n, r, D, generator=g) / D ** 0.5
+        tensors[f"{name}.B"] = torch.randn(layer.n, D, r, generator=g) / D ** 0.5
+    return {"tensors": tensors, "r": r, "alpha": alpha}
+
+
+def add(net, name, adapter):
+    net.add_adapter(name, adapter["r"], adapter["alpha"], adapter["tensors"])
+
+
+# ------------------------------------------------------------------ the oracles
+
+
+def libraries():
+    """diffusers and PEFT, or the test is skipped."""
+    return [pytest.importorskip(name, reason=ORACLES) for name in ("diffusers", "peft")]
+
+
+def oracle_transformer(file):
+    """A transformer of diffusers with a native file's weights, by diffusers' own conversion."""
+    libraries()
+    from diffusers import SD3Transformer2DModel
+    from diffusers.loaders import single_file_utils
+    net = SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=MEDIUM.patch,
+        in_channels=MEDIUM.channels,
+        num_layers=MEDIUM.depth,
+        attention_head_dim=MEDIUM.head_dim,
+        num_attention_heads=MEDIUM.width // MEDIUM.head_dim,
+        joint_attention_dim=MEDIUM.context_dim,
+        caption_projection_dim=MEDIUM.width,
+        pooled_projection_dim=MEDIUM.pooled_dim,
+        out_channels=MEDIUM.channels,
+        pos_embed_max_size=MEDIUM.pos_max,
+        dual_attention_layers=tuple(range(MEDIUM.dual)),
+        qk_norm="rms_norm")
+    tensors = load_file(file)
+    tensors = {name: x for name, x in tensors.items() if not name.startswith(PREFIX["vae"])}
+    net.load_state_dict(
+        single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(tensors))
+    return net.eval().requires_grad_(False)
+
+
+def run_oracle(net, x, t, context, pooled):
+    with torch.no_grad():
+        return net(x, context, pooled, 1000 * t, return_dict=False)[0]
+
+
+def peft_folder(path, net, rslora):
+    """An adapter by PEFT on a transformer of diffusers, as Flow-GRPO trains and saves it.
+
+    Returns that transformer.
+    """
+    _, peft = libraries()
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights="gaussian",
+                             target_modules=formats.TARGETS, use_rslora=rslora)
+    wrapped = peft.get_peft_model(net, config)
+    for name, p in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    wrapped.save_pretrained(path)
+    return wrapped
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
+def test_peft_adapter_on_and_off_equals_peft(file, net, here, rslora):
+    theirs = peft_folder(here / "teacher", oracle_transformer(file), rslora)
+    teacher = formats.read(here / "teacher", net, "ocr")
+    assert teacher["task"] == "ocr" and teacher["r"] == 3
+    add(net, "ocr", teacher)
+    sample = inputs()
+    on = run_oracle(theirs, *sample)
+    with theirs.disable_adapter():
+        off = run_oracle(theirs, *sample)
+    assert relative(net(*sample, "ocr"), on) < 1e-5
+    assert relative(net(*sample), off) < 1e-5
+    assert relative(on, off) > 1e-2
+
+
+def test_written_adapters_mean_the_same_to_peft_and_to_diffusers(file, net, here):
+    diffusers, peft = libraries()
+    adapter = random_adapter(net)
+    add(net, "student", adapter)
+    sample = inputs()
+    want = net(*sample, "student")
+    assert relative(want, net(*sample)) > 1e-2
+
+    formats.write_peft(here / "peft", adapter, "mini")
+    theirs = peft.PeftModel.from_pretrained(oracle_transformer(file), here / "peft")
+    assert relative(run_oracle(theirs, *sample), want) < 1e-5
+
+    formats.write_diffusers(here / "lora.safetensors", adapter)
+    others = dict.fromkeys(["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2",
+                            "text_encoder_3", "tokenizer_3"])
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=oracle_transformer(file),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), **others)
+    pipe.load_lora_weights(here / "lora.safetensors")
+    assert relative(run_oracle(pipe.transformer, *sample), want) < 1e-5
+
+
+def test_diffusers_own_lora_file_is_read_with_its_alpha(file, net, here):
+    """As pipeline.save_lora_weights writes it, with the config in the file's metadata."""
+    diffusers, peft = libraries()
+    from diffusers.training_utils import _collate_lora_metadata
+    theirs = oracle_transformer(file)
+    theirs.add_adapter(peft.LoraConfig(r=3, lora_alpha=7, target_modules=formats.TARGETS,
+                                       init_lora_weights=False))
+    diffusers.StableDiffusion3Pipeline.save_lora_weights(
+        here, transformer_lora_layers=peft.get_peft_model_state_dict(theirs),
+        **_collate_lora_metadata({"transformer": theirs}))
+    got = formats.read(here / "pytorch_lora_weights.safetensors", net)
+    assert (got["r"], got["alpha"]) == (3, 7)
+    add(net, "x", got)
+    sample = inputs()
+    assert relative(net(*sample, "x"), run_oracle(theirs, *sample)) < 1e-5
+
+
+def test_merged_file_is_the_adapter_and_loads_everywhere(file, net, here):
+    adapter = random_adapter(net)
+    add(net, "student", adapter)
+    changed = formats.merged_weights(net, adapter)
+    merged = formats.save_whole(here / "merged.safetensors", changed, file, task="ocr")
+    shapes = {name: x.shape for name, x in load_file(file).items()}
+    assert {name: x.shape for name, x in load_file(merged).items()} == shapes
+    sample = inputs()
+    want = net(*sample, "student")
+    assert relative(load_mmdit(merged)(*sample), want) < 1e-5
+    whole = formats.read(merged, net)
+    assert whole["task"] == "ocr"
+    assert relative(whole["net"](*sample), want) < 1e-5
+    assert relative(run_oracle(oracle_transformer(merged), *sample), want) < 1e-5
+
+
+# ------------------------------------------------------------------ there and back
+
+
+def test_adapter_comes_back_from_every_form(net, here):
+    # alpha / r = 2 is exact in floating point, wherever it is multiplied in.
+    adapter = random_adapter(net, r=4, alpha=8.0)
+    formats.write_peft(here / "peft", adapter, "mini")
+    formats.write_diffusers(here / "lora.safetensors", adapter)
+    back = formats.read(here / "peft", net)
+    assert (back["r"], back["alpha"]) == (4, 8.0)
+    assert back["tensors"].keys() == adapter["tensors"].keys()
+    single = formats.read(here / "lora.safetensors", net)
+    scale = single["alpha"] / single["r"]
+    for name, tensor in adapter["tensors"].items():
+        assert torch.equal(back["tensors"][name], tensor)
+        if name.endswith(".A"):
+            assert torch.equal(single["tensors"][name], tensor)
+        else:
+            assert torch.equal(scale * single["tensors"][name], 2 * tensor)
+
+
+def test_average_weights_is_the_mean_of_adapters_and_whole_transformers(net):
+    a = random_adapter(net, seed=1)
+    b = random_adapter(net, r=2, seed=2)
+    whole = mini_sd3.randomise(MMDiT(MEDIUM), 9)
+    student = mini_sd3.randomise(MMDiT(MEDIUM), 0)
+    base = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    average_weights(student, net, [a, b, {"net": whole}])
+    for name, weight in student.named_parameters():
+        want = (2 * base[name] + whole.state_dict()[name]) / 3
+        layer = name.removesuffix(".weight")
+        if f"{layer}.A" in a["tensors"]:
+            for adapter in (a, b):
+                A = adapter["tensors"][f"{layer}.A"]
+                B = adapter["tensors"][f"{layer}.B"]
+                update = torch.cat([part_B @ part_A for part_A, part_B in zip(A, B)])
+                want = want + adapter["alpha"] / adapter["r"] * update / 3
+        torch.testing.assert_close(weight, want, rtol=1e-4, atol=1e-5)
+
+
+def test_convert_on_the_command_line(folder, net, here, monkeypatch):
+    formats.write_peft(here / "peft", random_adapter(net), "mini")
+    convert.main(convert.Config(ckpt=str(here / "peft"), to="pt", out="ocr.pt", model=str(folder),
+                                task="ocr"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, "-m", "checkpoints", "ocr.pt", "--model", str(folder)]
+    for to, out in (("diffusers", "lora.safetensors"), ("merged", "merged.safetensors"),
+                    ("peft", "again")):
+        subprocess.run([*command, "--to", to, "--out", out], check=True, capture_output=True)
+    names = load_file(here / "peft/adapter_model.safetensors").keys()
+    assert load_file(here / "again/adapter_model.safetensors").keys() == names
+    assert load_mmdit(here / "merged.safetensors").cfg == MEDIUM
+
+
+# ------------------------------------------------------------------ bad input, one clear line each
+
+
+def change_config(here, **changes):
+    path = here / "peft/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+CHANGES = [
+    {"use_dora": True},
+    {"rank_pattern": {"attn.to_q": 8}},
+    {"alpha_pattern": {"attn.to_q": 8}},
+    {"bias": "all"},
+    {"lora_bias": True},
+    {"modules_to_save": ["norm_out"]},
+    {"init_lora_weights": "pissa"},
+    {"fan_in_fan_out": True},
+    {"layer_replication": [[0, 2]]},
+    {"something_new": 3},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: next(iter(changes)))
+def test_peft_config_that_changes_the_maths_is_refused_by_name(net, here, changes):
+    formats.write_peft(here / "peft", random_adapter(net), "mini")
+    change_config(here, **changes)
+    key = next(iter(changes))
+    with pytest.raises(ValueError, match=f"adapter_config.json: {key} is .*, which changes"):
+        formats.read(here / "peft", net)
+
+
+def refused(net, folder, message):
+    with pytest.raises(ValueError, match=message):
+        formats.read(folder, net)
+
+
+def test_lora_of_another_rank_or_other_targets_is_refused(net, here):
+    peft = here / "peft"
+    weights = peft / "adapter_model.safetensors"
+    formats.write_peft(peft, random_adapter(net), "mini")
+
+    change_config(here, r=16)
+    refused(net, peft, r"add_k_proj.lora_A.weight' is \(3, 128\), expected \(16, 128\)"
+                       r".*: an adapter has rank 16")
+    change_config(here, r=3)
+    tensors = load_file(weights)
+
+    name = "transformer_blocks.1.attn2.to_q.lora_A.weight"
+    save_file({**tensors, f"base_model.model.{name}": torch.zeros(3, 128)}, weights)
+    refused(net, peft, rf"'{name}' is \(3, 128\), expected no such tensor: an adapter has rank 3 "
+                       "here, on attn.add_k_proj, ")
+    without = {name: x for name, x in tensors.items() if ".2.attn.to_k" not in name}
+    save_file(without, weights)
+    refused(net, peft, r"'transformer_blocks.2.attn.to_k.lora_A.weight' is missing, "
+                       r"expected \(3, 128\)")
+    save_file({name: x / 0 for name, x in tensors.items()}, weights)
+    refused(net, peft, "not a tensor of finite numbers")
+    (peft / "adapter_config.json").unlink()
+    refused(net, peft, "adapter_config.json: expected a PEFT adapter's config")
+
+
+def test_transformer_of_another_shape_is_no_checkpoint_of_this_base(net, here):
+    mini_sd3.write_file(here / "large.safetensors", mini_sd3.LARGE)
+    with pytest.raises(ValueError, match="large.safetensors: is a transformer of another shape"):
+        formats.read(here / "large.safetensors", net)
+
+
+def test_whole_transformer_is_not_relabelled(file, net, here):
+    whole = formats.save_whole(here / "x.safetensors", {}, file, task="ocr")
+    with pytest.raises(ValueError, match="is called 'geneval', but was trained on 'ocr'"):
+        formats.read(whole, net, "geneval")

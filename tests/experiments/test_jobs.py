@@ -1,0 +1,94 @@
+"""The plan: compared runs have equal budgets, and all of it takes about six hours."""
+from pathlib import Path
+
+import pytest
+import torch
+
+import model as models
+import train_grpo
+import train_opd
+import train_sft
+from experiments import jobs
+from experiments.passes import passes
+from plumbing import cli
+from worlds import presets
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {"train_opd.py": train_opd, "train_grpo.py": train_grpo, "train_sft.py": train_sft}
+PLAN = jobs.plan()
+
+
+@pytest.mark.parametrize("command, iters", [
+    ("train_opd.py --batch 16 --updates 2", 1),
+    ("train_opd.py --batch 16 --updates 2 --lam 0 --blend 0.1", 1),
+    ("train_opd.py --batch 16 --updates 1 --rollout ode", 1),
+    ("train_opd.py --batch 16 --updates 1 --noisy 0 8 --extrapolate 1.25", 1),
+    ("train_opd.py --batch 16 --updates 1 --rollout ode --objective velocity --one --steps 16 "
+     "--noisy 0 1", 1),
+    ("train_grpo.py --tasks ocr --batch 24", 1),
+    ("train_sft.py --samples 10 --batch 4", 2)])
+def test_passes_are_what_the_network_was_asked_for(command, iters, tmp_path, monkeypatch):
+    """Every image that goes through the transformer, three times where a backward pass follows."""
+    count = [0]
+    forward = models.MMDiT.forward
+
+    def counted(self, x, *args, **kwargs):
+        count[0] += len(x) * (3 if torch.is_grad_enabled() else 1)
+        return forward(self, x, *args, **kwargs)
+
+    command = [*command.split(), "--iters", str(iters)]
+    command += ["--model", str(ROOT / "ckpt/tiny.safetensors")]
+    if command[0] == "train_grpo.py":
+        command += ["--out", "adapter.pt"]
+    else:
+        command += ["--teachers", *(str(ROOT / path) for path in jobs.TEACHERS.values())]
+    script = SCRIPTS[command[0]]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models.MMDiT, "forward", counted)
+    script.main(cli.parse(script.Config, command[1:], presets=presets(script.PRESETS)))
+    assert count[0] == passes(command)
+
+
+def compared():
+    """The jobs that train with seed 0; the cold start by SFT has a budget of its own."""
+    trained = [name for name, job in PLAN.items() if name.endswith("-s0") and job.command]
+    return [name for name in trained if not name.startswith("sft-s")]
+
+
+@pytest.mark.parametrize("name", compared())
+def test_compared_runs_have_equal_budgets(name):
+    default = passes(PLAN["opd-merge-s0"].command)
+    teachers = sum(passes(PLAN[f"{task}-again-s1"].command) for task in jobs.TASKS)
+    want = default
+    if name.startswith("half"):
+        want = default / 2
+    if name.startswith("mix-whole"):
+        want = default + teachers
+    if name == "mix-geneval-ocr-s0":                    # the GenEval teacher's own
+        want = passes(PLAN["geneval-again-s1"].command)
+    assert passes(PLAN[name].command) == pytest.approx(want, rel=0.02)
+
+
+def test_the_whole_plan_fits_about_six_hours():
+    seconds = sum(job.seconds for job in jobs.plan(compile=True).values())
+    assert seconds < 6.5 * 3600
+
+
+def test_every_seed_has_its_own_run():
+    commands = [job.command for job in PLAN.values() if job.command]
+    runs = [command[command.index("--name") + 1] for command in commands]
+    assert len(runs) == len(set(runs))
+    assert all("{seed}" not in str(job) for job in PLAN.values())
+
+
+def test_every_command_of_the_plan_is_one_that_its_script_reads():
+    for command in jobs.commands().values():
+        script, *options = command
+        cli.parse(SCRIPTS[script].Config, options)
+
+
+def test_the_second_teachers_teach_the_second_student_alone():
+    for path in jobs.SECOND.values():
+        assert path in PLAN["opd-second-s0"].command
+        assert path not in PLAN["opd-merge-s0"].command
+    assert PLAN["ocr-second-s2"].checkpoints == {"it": jobs.SECOND["ocr-second"]}

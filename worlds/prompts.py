@@ -1,0 +1,191 @@
+"""Prompts as dicts, and folders of them, in the layout of flow_grpo.
+
+A prompt is a dict with "prompt", "task" and "tag". GenEval's have more, in the schema of its files:
+
+    {"tag": "position", "prompt": "a photo of a dog right of a cat",
+     "include": [{"class": "cat", "count": 1},
+                 {"class": "dog", "count": 1, "position": ["right of", 0]}],
+     "exclude": [{"class": "cat", "count": 2}]}
+
+A clause of "include" may also have a "color". A position is a relation and the index of an earlier
+clause. "exclude" may be left out; it forbids that many objects of a class, or more.
+
+    --prompts geneval=DIR     train_metadata.jsonl, test_metadata.jsonl: one JSON object a line
+    --prompts ocr=DIR         train.txt, test.txt: one prompt a line
+    --prompts geneval=FILE    GenEval's own evaluation_metadata.jsonl (a folder with it will do
+                              too), for evaluation
+
+All are read and checked before any time is spent. A task that is not one of the world's may be
+given so too; it then needs a --reward.
+
+Sources: GenEval arXiv 2310.11513, djghosh13/geneval; Flow-GRPO arXiv 2505.05470,
+yifan123/flow_grpo.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+
+RELATIONS = ("left of", "right of", "above", "below")
+# GenEval's kinds of prompt, and how often Flow-GRPO trains on each (on single_object never).
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+TRAIN_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
+# split -> the files that may hold it; the first that is there is read.
+FILES = {"train": ("train_metadata.jsonl", "train.txt"),
+         "eval": ("test_metadata.jsonl", "test.txt", "evaluation_metadata.jsonl")}
+
+# ------------------------------------------------------------------ for the worlds' own prompts
+
+
+def with_article(name):
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def draw_tag(rng, tags):
+    """One of tags, {tag: weight}."""
+    weights = np.array(list(tags.values()), float)
+    return list(tags)[rng.choice(len(weights), p=weights / weights.sum())]
+
+
+# ------------------------------------------------------------------ one prompt
+
+
+def check_geneval_meta(meta):
+    """ValueError unless meta is a prompt in GenEval's schema (see the top of this file)."""
+    def expect(ok, got, expected):
+        if not ok:
+            raise ValueError(f"GenEval prompt {meta!r}: got {got}, expected {expected}")
+
+    def expect_field(clause, name, ok, expected):
+        expect(ok, f"{name} {clause.get(name)!r}", expected)
+
+    expect(isinstance(meta, dict), type(meta).__name__, "a dict")
+    include = meta.get("include")
+    exclude = meta.get("exclude", [])
+    expect(isinstance(include, list) and include, f"include {include!r}",
+           "a list of at least one clause")
+    expect(isinstance(exclude, list), f"exclude {exclude!r}", "a list of clauses")
+    for clause in include + exclude:
+        expect(isinstance(clause, dict), f"clause {clause!r}", "a dict")
+        expect_field(clause, "class", isinstance(clause.get("class"), str), "a name")
+        count = clause.get("count")
+        expect_field(clause, "count", isinstance(count, int) and count >= 1, "an integer >= 1")
+    for i, clause in enumerate(include):
+        expect_field(clause, "color", isinstance(clause.get("color", ""), str), "a name")
+        if "position" not in clause:
+            continue
+        position = clause["position"]
+        pair = isinstance(position, (list, tuple)) and len(position) == 2
+        expect(pair and position[0] in RELATIONS and position[1] in range(i),
+               f"position {position!r} in clause {i}",
+               f"[one of {RELATIONS}, index of an earlier clause]")
+
+
+def ocr_target(prompt) -> str:
+    """The text that the prompt asks for. It stands between the first pair of double quotes."""
+    pieces = prompt.split('"')
+    if len(pieces) < 3 or not pieces[1].replace(" ", ""):
+        raise ValueError(f"OCR prompt: got {prompt!r}, expected the wanted text in straight double "
+                         'quotes, as in: a sign saying "open"')
+    return pieces[1]
+
+
+def accept_all(meta):
+    """The check of a world that does not care."""
+
+
+def parse_line(line, is_json, task, check):
+    """One line of a prompt file -> a dict, checked."""
+    meta = {"prompt": line}
+    if is_json:
+        try:
+            meta = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"is not JSON ({error.msg} at column {error.colno}): "
+                             f"{line[:80]!r}") from None
+    prompt = meta.get("prompt") if isinstance(meta, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f'got {line[:80]!r}, expected a JSON object with a "prompt"')
+    if task == "geneval" or "include" in meta:
+        check_geneval_meta(meta)
+        check(meta)
+    if task == "ocr":
+        ocr_target(prompt)
+    return {"tag": task, **meta, "task": task}
+
+
+# ------------------------------------------------------------------ files and folders
+
+
+def read_file(path, task, check=accept_all):
+    """A file of prompts -> a list of prompts of this task.
+
+    check: raises ValueError for a GenEval prompt that the world's detector cannot judge.
+    The ValueError for a malformed line names the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as text: {error}") from None
+    is_json = Path(path).suffix == ".jsonl"
+    metas = []
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if not line:
+            continue
+        try:
+            metas.append(parse_line(line, is_json, task, check))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    if not metas:
+        raise ValueError(f"{path}: has no prompts, expected one a line")
+    return metas
+
+
+def read_folder(path, task, check=accept_all):
+    """{split: prompts} of the files that a folder has. A single file is one for evaluation."""
+    if Path(path).is_file():
+        return {"eval": read_file(path, task, check)}
+    splits = {}
+    for split, names in FILES.items():
+        files = [Path(path) / name for name in names]
+        there = [file for file in files if file.is_file()]
+        if there:
+            splits[split] = read_file(there[0], task, check)
+    if not splits:
+        names = ", ".join(FILES["train"] + FILES["eval"])
+        raise ValueError(f"--prompts {task}={path}: expected a folder with {names}, "
+                         "or such a file")
+    return splits
+
+
+def read_prompt_folders(items, check=accept_all):
+    """--prompts, ["TASK=DIR", ...] -> {task: {split: prompts}}."""
+    folders = {}
+    for item in items:
+        task, _, path = item.partition("=")
+        if not task or not path or task in folders:
+            raise ValueError(f"--prompts {item}: expected TASK=DIR, each task once")
+        folders[task] = read_folder(path, task, check)
+    return folders
+
+
+def read_mix(items, tasks, default):
+    """--ratio, ["geneval=3", "ocr=1"] -> {"geneval": 3, "ocr": 1}: prompts of each task in a mix.
+
+    tasks: those that the mix is of; default: {task: number}, where no items are given.
+    """
+    if not items:
+        return {task: default[task] for task in tasks}
+    names = ", ".join(tasks)
+    mix = {}
+    for item in items:
+        task, _, number = item.partition("=")
+        if task not in tasks or not number.isdigit() or task in mix:
+            raise ValueError(f"--ratio {item}: expected TASK=N with a teacher's task ({names}), "
+                             "each at most once")
+        mix[task] = int(number)
+    if set(mix) != set(tasks) or not any(mix.values()):
+        raise ValueError(f"--ratio {' '.join(items)}: expected a number for each of {names} "
+                         "(0 leaves a task out), not all 0")
+    return mix

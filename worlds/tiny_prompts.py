@@ -1,0 +1,128 @@
+"""The prompts of the tiny world, and which of them are held out for evaluation.
+
+    geneval   "a photo of a red circle and a blue square": the six tags of GenEval, in its schema
+    ocr       'a sign that says "HAT"'
+    quality   "a poster of ...", with either of the two
+
+Combinations are held out. As captions, no stage of training reads them (but for the four of
+single_object, which the base needs). They are 6 of 24 pairs of colour and shape, 3 of 12 of count
+and shape, 4 of 12 ordered pairs of shapes, color_attr prompts with a pair of colour and shape that
+is held out, and a fifth of all words. Pairs of shapes are held out of two_object and position only.
+"""
+from itertools import product
+
+from worlds.prompts import RELATIONS, TAGS, TRAIN_MIX, draw_tag, with_article
+from worlds.tiny_pictures import COLORS, LETTERS, SHAPES
+
+TASKS = ("geneval", "ocr", "quality")
+COUNTS = {"two": 2, "three": 3, "four": 4}
+PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
+# All words of the prompts. The first is the padding.
+VOCAB = ["<pad>",
+         *"a an photo poster sign of and that says left right above below".split(), '"',
+         *COUNTS, *COLORS, *SHAPES, *PLURALS.values(), *LETTERS]
+# Tokens of a prompt: at most so many, and padded to so many.
+LENGTH = 12
+
+# ------------------------------------------------------------------ all prompts of figures
+
+
+def is_held_out(tag, include):
+    """Is this combination kept for evaluation? include: the objects that the prompt asks for."""
+    shapes = [SHAPES.index(clause["class"]) for clause in include]
+    if tag == "counting":
+        return (include[0]["count"] + shapes[0]) % 4 == 0
+    if tag in ("colors", "color_attr"):
+        colors = [COLORS.index(clause["color"]) for clause in include]
+        return any((color + shape) % 4 == 0 for color, shape in zip(colors, shapes))
+    return sum(shapes) == 3          # circle with cross, square with triangle
+
+
+def single(shape, **more):
+    return {"class": shape, "count": 1, **more}
+
+
+def figures(tag):
+    """All that a tag's prompts can ask for: [(include, its text)]."""
+    a = with_article
+    pairs = [pair for pair in product(SHAPES, SHAPES) if pair[0] != pair[1]]
+    colored = list(product(COLORS, SHAPES))
+    if tag == "single_object":
+        return [([single(shape)], a(shape)) for shape in SHAPES]
+    if tag == "two_object":
+        return [([single(one), single(two)], f"{a(one)} and {a(two)}") for one, two in pairs]
+    if tag == "counting":
+        return [([{"class": shape, "count": n}], f"{word} {PLURALS[shape]}")
+                for (word, n), shape in product(COUNTS.items(), SHAPES)]
+    if tag == "colors":
+        return [([single(shape, color=color)], a(f"{color} {shape}")) for color, shape in colored]
+    if tag == "position":
+        # As in GenEval: "a dog right of a cat" lists the cat first, and the dog relative to it.
+        return [([single(two), single(one, position=[relation, 0])],
+                 f"{a(one)} {relation} {a(two)}")
+                for relation, (one, two) in product(RELATIONS, pairs)]
+    found = []
+    for (one, two), color_one, color_two in product(pairs, COLORS, COLORS):
+        if color_one != color_two:
+            include = [single(one, color=color_one), single(two, color=color_two)]
+            found.append((include, f"{a(f'{color_one} {one}')} and {a(f'{color_two} {two}')}"))
+    return found
+
+
+def list_prompts(frame, tag, split):
+    """All prompts of a tag that belong to a split, as GenEval's metadata."""
+    metas = []
+    for include, text in figures(tag):
+        if tag != "single_object" and is_held_out(tag, include) != (split == "eval"):
+            continue
+        meta = {"tag": tag, "include": include, "prompt": f"a {frame} of {text}"}
+        if tag == "counting":
+            meta["exclude"] = [{**include[0], "count": include[0]["count"] + 1}]
+        metas.append(meta)
+    return metas
+
+
+PROMPTS = {key: list_prompts(*key) for key in product(("photo", "poster"), TAGS, ("train", "eval"))}
+
+# ------------------------------------------------------------------ drawing prompts
+
+
+def is_word_held_out(word):
+    return sum(LETTERS.index(letter) for letter in word) % 5 == 0
+
+
+def draw_word(rng, split):
+    """A word of three or four letters that belongs to the split."""
+    while True:
+        length = rng.integers(3, 5)
+        word = "".join(rng.choice(LETTERS, length))
+        if is_word_held_out(word) == (split == "eval"):
+            return word
+
+
+def default_tags(task, split):
+    """{tag: weight}: Flow-GRPO's mix in training, all alike in evaluation.
+
+    Only GenEval's evaluation draws single_object, of which no combination is held out. (The
+    training of the base does too; it says so by tags of its own.)
+    """
+    if task == "quality":
+        return {tag: 1 for tag in TAGS if tag != "single_object"}
+    if split == "train":
+        return TRAIN_MIX
+    return dict.fromkeys(TAGS, 1)
+
+
+def draw_prompt(rng, task, split, tags=None):
+    """One prompt. tags: {tag: weight} of its figures, or None for the task's own."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task '{task}': the tiny world has {', '.join(TASKS)}")
+    # Half of the prompts for quality ask for figures, half for a word.
+    if task == "geneval" or task == "quality" and rng.random() < 0.5:
+        frame = "photo" if task == "geneval" else "poster"
+        tag = draw_tag(rng, tags or default_tags(task, split))
+        options = PROMPTS[frame, tag, split]
+        return {**options[rng.integers(len(options))], "task": task}
+    frame = "sign" if task == "ocr" else "poster"
+    word = draw_word(rng, split)
+    return {"tag": task, "prompt": f'a {frame} that says "{word}"', "task": task, "word": word}
