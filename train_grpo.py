@@ -27,10 +27,10 @@ import torch
 from tqdm import tqdm
 
 import scorers
-from checkpoints.result import save_trained
-from checkpoints.state import restore, resume, save_state
+from checkpoints.formats import save_trained
 from plumbing import cli, dist
 from plumbing.log import Log
+from plumbing.state import restore, resume, save_state
 from rewards import Judge, check_rewards, parse_reward
 from sampler import (
     Policy,

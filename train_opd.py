@@ -46,12 +46,12 @@ import torch
 from tqdm import tqdm
 
 from checkpoints.cold_start import cold_start, cold_start_whole
-from checkpoints.result import save_trained
-from checkpoints.state import restore, resume, save_state
+from checkpoints.formats import save_trained
 from checkpoints.teachers import attach, find_anchor, read_teachers
 from model import Route
 from plumbing import cli, dist
 from plumbing.log import Log
+from plumbing.state import restore, resume, save_state
 from sampler import (
     Policy,
     Sampler,

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoints.result import save_trained
-from checkpoints.state import restore, resume, save_state
+from checkpoints.formats import save_trained
 from checkpoints.teachers import attach, read_teachers
 from plumbing import cli, dist
 from plumbing.files import read_pt, write_pt
 from plumbing.log import Log
+from plumbing.state import restore, resume, save_state
 from sampler import Policy, draw_noise, encode, expand, sample, schedule
 from worlds import open_world, presets
 from worlds.prompts import read_mix

@@ -22,7 +22,7 @@ from checkpoints.formats import (
 )
 from model import load_mmdit
 from plumbing import cli
-from worlds import find
+from worlds.paths import find
 
 
 @dataclass

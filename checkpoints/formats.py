@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.state import weights
 from model import PREFIX, load_mmdit
 from plumbing.files import (
     check_shapes,
@@ -20,6 +19,7 @@ from plumbing.files import (
     write_tensors,
     write_text,
 )
+from plumbing.state import weights
 
 # ------------------------------------------------------------------ our own form
 

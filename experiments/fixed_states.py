@@ -27,7 +27,7 @@ NOISE_LEVEL = 0.7
 @dataclass
 class Fixed:
     """The states of one task's prompts at one step."""
-    name: str                # of the set: "base's states" or "teacher's states"
+    name: str                # "base's states" or "teacher's states"
     task: str
     state: State
     text: Text

@@ -179,8 +179,9 @@ class Job:
     checkpoints: dict                                   # label -> checkpoint to evaluate
     seconds: float                                      # on two cores
     command: tuple = ()                                 # of the training; (): there is none
-    source: str = ""                                    # for snapshots: the job that wrote them
-    tasks: tuple = TASKS                                # for snapshots: what they are evaluated on
+    # Of an evaluation of snapshots: the job that wrote them, and the tasks.
+    source: str = ""
+    tasks: tuple = TASKS
 
 
 def trained(name, part, seed, text, compile):

@@ -59,7 +59,7 @@ def draw_variants(axes, found):
 
 
 def plot(out):
-    """Draw OUT.png from the results in the folder out. Needs matplotlib, which nothing else does."""
+    """Draw OUT.png from the results in the folder out. Nothing else needs matplotlib."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

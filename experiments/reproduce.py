@@ -35,7 +35,7 @@ from plumbing.files import write_text
 @dataclass
 class Config:
     # --- which jobs
-    # main, cost, seesaw, mar, cold, objectives, states, beyond, curves, fixed (default: all).
+    # cost, main, seesaw, mar, cold, objectives, states, beyond, curves, fixed (default: all).
     parts: list[str] = field(default_factory=list)
     # Jobs by name, such as half-lam0-s1 (default: all of the parts).
     only: list[str] = field(default_factory=list)

@@ -277,7 +277,7 @@ def cost_row(found, name, task, points, total):
     if it is None:
         return [*row, "not reached", "-", "-", "-", "-"]
     spent = passes(plan[name]) / end * it
-    if name == "opd-sft":                               # the cold start; the merge costs nothing
+    if name == "opd-sft":                               # the merge costs nothing
         spent += passes(plan["sft"])
     seconds = "-"
     if all(run["timed alone"] for run in runs):

@@ -74,7 +74,9 @@ def parse(cls, argv=None, presets=None, positional=()):
         peek.add_argument("--model", default=cls.model)
         changed = presets(peek.parse_known_args(argv)[0].model)
         assert set(changed) <= set(docs), "a preset names a field that does not exist"
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__,
+    spec = sys.modules["__main__"].__spec__               # python -m NAME has one, a file has none
+    prog = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
+    parser = argparse.ArgumentParser(prog=prog, description=sys.modules[cls.__module__].__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {}
     hints = typing.get_type_hints(cls)

@@ -23,16 +23,19 @@ def atomic(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    yield tmp
-    with open(tmp, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
+    try:
+        yield tmp
+        with open(tmp, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)     # half a file, where the block failed
 
 
 def write_pt(path, obj):
     """Write plain tensors and containers by torch.save."""
-    with atomic(path) as tmp:
-        torch.save(obj, tmp)
+    with atomic(path) as tmp, open(tmp, "wb") as file:   # by name, the name would be in the file
+        torch.save(obj, file)
 
 
 def write_text(path, text):

@@ -13,6 +13,7 @@ def here(tmp_path, monkeypatch):
 def teachers(here):
     """The paths of three random teachers of the tiny world. The one of quality is the anchor."""
     from tiny_runs import make_teacher
+
     from worlds.tiny_prompts import TASKS
 
     paths = []

@@ -569,7 +569,7 @@ def test_tensor_without_its_dimensions_is_refused(net, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["joint_blocks.0.context_block.attn2.qkv.weight",
-                                  "joint_blocks.1.context_block.attn.proj.weights"])
+                                  "joint_blocks.2.context_block.attn.proj.weight"])
 def test_extra_tensor_is_named(net, tmp_path, name):
     path = broken_file(net, tmp_path, name, lambda old: torch.zeros(2))
     with pytest.raises(ValueError, match=rf"{name}' is \(2,\), expected no such tensor"):

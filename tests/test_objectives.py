@@ -183,6 +183,19 @@ def test_sampled_log_ratio_is_unbiased_for_kl():
     assert agrees(N * mean, N * se, exact(False))
 
 
+def test_dense_reward_is_minus_the_kl_and_the_sampled_one_is_so_on_average():
+    theta = theta_s()
+    g = torch.Generator().manual_seed(6)
+    x = randn(1, N, 1, 1, g=g).expand(20_000, N, 1, 1)
+    for k in KS:
+        s = state(x, k, theta, g)
+        minus_kl = -kl(velocity(theta, x), target(x), s).detach()
+        assert torch.equal(step_reward(s, "dense"), minus_kl)
+        sampled = step_reward(s, "sampled")
+        assert agrees(sampled.mean(), sampled.std() / len(x) ** 0.5, minus_kl[0])
+        assert sampled.std() > 0.1 * minus_kl[0].abs()
+
+
 def test_future_credit_is_what_the_direct_gradient_lacks():
     direct = exact(False)
     rest = exact(True) - direct

@@ -182,7 +182,7 @@ def read_mix(items, tasks, default):
     for item in items:
         task, _, number = item.partition("=")
         if task not in tasks or not number.isdigit() or task in mix:
-            raise ValueError(f"--ratio {item}: expected TASK=N with a teacher's task ({names}), "
+            raise ValueError(f"--ratio {item}: expected TASK=N with one of the tasks ({names}), "
                              "each at most once")
         mix[task] = int(number)
     if set(mix) != set(tasks) or not any(mix.values()):

@@ -29,7 +29,8 @@ import scorers
 from model import load_mmdit, part_shapes
 from plumbing.files import first_line, write_tensors
 from scorers.geneval import COLORS, check_classes
-from worlds import find, sd3_prompts
+from worlds import sd3_prompts
+from worlds.paths import find
 from worlds.prompts import TAGS
 from worlds.vae import load_vae
 from worlds.world import Model, World

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import trange
 
-from checkpoints.state import resume
 from model import PREFIX, MMDiT, MMDiTConfig
 from plumbing import cli, dist
 from plumbing.files import write_pt, write_tensors
 from plumbing.log import Log
+from plumbing.state import resume
 from sampler import generator
 from worlds.prompts import TAGS
 from worlds.tiny import TinyText
@@ -93,7 +93,8 @@ def pictures(rng, n, corrupted=True):
         if corrupted:
             scene = corrupt(rng, scene)
         images.append(render(rng, scene))
-    return metas, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return metas, images.float() / 255
 
 
 def show_pictures(cfg):

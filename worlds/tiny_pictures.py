@@ -41,7 +41,10 @@ FONT = {
     "Z": "#####" "....#" "...#." "..#.." ".#..." "#...." "#####",
 }
 # relation -> where the second object is, seen from the first: (to the right, down), as signs.
-DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+DIRECTIONS = {
+    "left of": (-1, 0), "right of": (1, 0),
+    "above": (0, -1), "below": (0, 1),
+}
 SHAPES = list(SHAPE_ROWS)
 COLORS = list(RGB)
 LETTERS = list(FONT)
@@ -173,9 +176,10 @@ def segment(images):
     return np.stack(distances).argmin(0), tone
 
 
-# Two views of a picture (N, H, W): all pixels that have a neighbour on one side, and those.
-NEIGHBOURS = [(np.s_[:, 1:], np.s_[:, :-1]), (np.s_[:, :-1], np.s_[:, 1:]),
-              (np.s_[:, :, 1:], np.s_[:, :, :-1]), (np.s_[:, :, :-1], np.s_[:, :, 1:])]
+# Two views of pictures (N, H, W): the pixels that have a neighbour on one side, and it.
+UP = (np.s_[:, 1:], np.s_[:, :-1])
+LEFT = (np.s_[:, :, 1:], np.s_[:, :, :-1])
+NEIGHBOURS = (UP, UP[::-1], LEFT, LEFT[::-1])
 
 
 def components(label):
@@ -183,7 +187,8 @@ def components(label):
 
     Every pixel begins with an id of its own. The largest spread until nothing changes.
     """
-    ids = np.where(label > 0, np.arange(1, label.size + 1).reshape(label.shape), 0)
+    ids = np.arange(1, label.size + 1).reshape(label.shape)
+    ids = np.where(label > 0, ids, 0)
     while True:
         grown = ids.copy()
         for here, there in NEIGHBOURS:
@@ -198,7 +203,9 @@ def overlap(mask, template):
     """Intersection over union of a small mask with a 6 x 6 template, at the best shift."""
     h, w = mask.shape
     best = 0.0
-    for dy, dx in product(range(-1, max(h - 6, 0) + 2), range(-1, max(w - 6, 0) + 2)):
+    shifts_down = range(-1, max(h - 6, 0) + 2)
+    shifts_right = range(-1, max(w - 6, 0) + 2)
+    for dy, dx in product(shifts_down, shifts_right):
         top = max(dy, 0)
         bottom = min(dy + 6, h)
         left = max(dx, 0)
@@ -234,8 +241,9 @@ def detect(images, least=0.6):
         score, name = max((overlap(mask, t), shape) for shape, t in SHAPE_MASK.items())
         if score >= least:
             color = COLORS[label[n, ys[0], xs[0]] - 1]
-            found[n].append({"class": name, "score": float(score), "box": (x0, y0, x1, y1),
-                             "color": color})
+            box = (x0, y0, x1, y1)
+            one = {"class": name, "score": float(score), "box": box, "color": color}
+            found[n].append(one)
     return found
 
 

@@ -202,7 +202,8 @@ class VAE(nn.Module):
     def decode(self, z):
         """Scaled latents (B, z, h, w) -> images (B, 3, h * factor, w * factor) in [-1, 1]."""
         raw = z / self.scale + self.shift
-        return torch.cat([self.decoder(x) for x in self.slices(raw, self.factor)]).clamp(-1, 1)
+        images = torch.cat([self.decoder(x) for x in self.slices(raw, self.factor)])
+        return images.clamp(-1, 1)
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):

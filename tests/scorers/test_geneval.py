@@ -112,7 +112,8 @@ def test_transformers_post_processing_agrees_only_at_its_own_384_pixels():
     On another image it still scores the masks at 384, so they are not.
     """
     from transformers.models.mask2former.image_processing_pil_mask2former import (
-        Mask2FormerImageProcessorPil)
+        Mask2FormerImageProcessorPil,
+    )
     classes, masks, *_ = random_logits(1)
 
     class Output:
@@ -457,8 +458,9 @@ def test_a_class_predictor_of_another_size_is_refused(models, tmp_path):
         geneval.Mask2Former(tmp_path)
 
 
-def test_objects_are_found_without_opencv():
+def test_other_scorers_do_not_import_opencv():
     """Only the OCR reader needs that extra."""
-    code = "import sys, scorers.geneval; sys.exit('cv2' in sys.modules)"
+    modules = "scorers.geneval, scorers.clip, scorers.deqa, scorers.imagereward"
+    code = f"import sys, {modules}; sys.exit('cv2' in sys.modules)"
     root = Path(geneval.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

@@ -13,10 +13,33 @@ import rewards
 from worlds.prompts import TAGS, check_geneval_meta, ocr_target
 from worlds.tiny import Tiny, TinyText
 from worlds.tiny_base import pictures
-from worlds.tiny_pictures import (COLORS, CREAM, GLYPH_MASK, INK, LETTERS, RGB, SHAPE_MASK, SHAPES,
-                                  Scene, bitmap, corrupt, detect, faithful, quality, read, render)
-from worlds.tiny_prompts import (LENGTH, PROMPTS, TASKS, VOCAB, draw_prompt, draw_word,
-                                 is_word_held_out)
+from worlds.tiny_pictures import (
+    COLORS,
+    CREAM,
+    GLYPH_MASK,
+    INK,
+    LETTERS,
+    RGB,
+    SHAPE_MASK,
+    SHAPES,
+    Scene,
+    bitmap,
+    corrupt,
+    detect,
+    faithful,
+    quality,
+    read,
+    render,
+)
+from worlds.tiny_prompts import (
+    LENGTH,
+    PROMPTS,
+    TASKS,
+    VOCAB,
+    draw_prompt,
+    draw_word,
+    is_word_held_out,
+)
 
 TINY = Tiny()
 eval_prompts = TINY.eval_prompts
@@ -136,7 +159,8 @@ def test_geneval_is_at_chance_on_captions_drawn_anew_within_the_tag(tag):
     found = detect(truth(rng, pick(rng, tag, 100))) * 20
     captions = pick(rng, tag, n)
     hits = sum(rewards.geneval_score(*pair, "strict") for pair in zip(found, captions))
-    if tag == "position":            # on the diagonal two relations hold, so up to twice as often
+    if tag == "position":
+        # On the diagonal two relations hold, so up to twice as often.
         least = n * chance - 4 * math.sqrt(n * chance)
         most = 2 * n * chance + 4 * math.sqrt(2 * n * chance)
         assert least < hits < most
@@ -163,13 +187,15 @@ NO_SHAPES = {
 
 @pytest.mark.parametrize("rows", NO_SHAPES.values(), ids=NO_SHAPES)
 def test_a_figure_that_is_no_shape_is_not_counted(rows):
-    assert detect(painted((bitmap(rows, len(rows[0])), 9, 10), color=RGB["red"])) == [[]]
+    mask = bitmap(rows, len(rows[0]))
+    assert detect(painted((mask, 9, 10), color=RGB["red"])) == [[]]
 
 
 def test_text_is_read_line_by_line_from_the_left():
-    places = [("T", 20, 3), ("A", 4, 10), ("Z", 5, 18), ("H", 4, 2), ("X", 19, 11)]
-    letters = [(GLYPH_MASK[letter].copy(), top, left) for letter, top, left in places]
-    letters[1][0][0, 2] = False      # a flaw: the upper line agrees less than the lower
+    places = {"T": (20, 3), "A": (4, 10), "Z": (5, 18), "H": (4, 2), "X": (19, 11)}
+    letters = [(GLYPH_MASK[letter].copy(), *place) for letter, place in places.items()]
+    # A flaw: the upper line agrees less than the lower.
+    letters[1][0][0, 2] = False
     assert read(painted(*letters)) == ["HAZ TX"]
 
 
@@ -193,8 +219,10 @@ def test_verifiers_score_each_image_by_itself():
 
 
 def test_verifiers_find_nothing_on_an_empty_page_or_in_noise():
-    empty = [render(np.random.default_rng(0), Scene([]), tone) for tone in (0, 0.3, 1)]
-    images = torch.cat([tensor(empty), torch.rand(3, 3, 32, 32), torch.zeros(1, 3, 32, 32)])
+    rng = np.random.default_rng(0)
+    empty = tensor([render(rng, Scene([]), tone) for tone in (0, 0.3, 1)])
+    noise = torch.rand(3, 3, 32, 32)
+    images = torch.cat([empty, noise, torch.zeros(1, 3, 32, 32)])
     assert not any(detect(images))
     assert not any(read(images))
 
@@ -264,7 +292,8 @@ def test_quality_falls_with_every_further_figure(shape):
 def test_quality_falls_with_a_word_and_with_the_dusk():
     assert page(word="HAT") < 0.95
     assert page(word="HATS") < page(word="HAT")
-    tones = [page([("cross", "blue")], tone=tone) for tone in (0, 0.25, 0.5, 0.75, 1)]
+    figure = [("cross", "blue")]
+    tones = [page(figure, tone=tone) for tone in (0, 0.25, 0.5, 0.75, 1)]
     assert np.diff(tones) == pytest.approx(0.1, abs=0.005)       # linear in the tone, 0.4 in all
 
 
@@ -434,9 +463,9 @@ def test_pictures_are_of_training_prompts_and_show_them_unless_corrupted():
         assert not contents(metas) & held
 
 
-# The chance that a corrupted scene is still what was asked, by corrupt's numbers. A shape is redrawn
-# in 0.2 of the scenes (from 4), a colour in 0.2 (from 6), a count in 0.4 (from 4), a relation in
-# 0.45 (from 4), and one of two objects is dropped in 0.15.
+# The chance that a corrupted scene is still the one asked for, by corrupt's numbers. A shape is
+# redrawn in 0.2 of the scenes (from 4), a colour in 0.2 (from 6), a count in 0.4 (from 4), a
+# relation in 0.45 (from 4), and one of two objects is dropped in 0.15.
 SHAPE = 1 - 0.2 * 3 / 4
 COLOR = 1 - 0.2 * 5 / 6
 COUNT = 1 - 0.4 * 3 / 4
