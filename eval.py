@@ -61,7 +61,7 @@ class Config:
     per_task: int = 600
     # ODE steps.
     steps: int = 20
-    # Guidance (w).
+    # Guidance scale.
     guidance: float = 1.0
     # Images a forward pass.
     batch: int = 100

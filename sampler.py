@@ -13,10 +13,12 @@ Everything that GRPO and OPD need of a sampler is here, and both speak in three 
 | B, G, K, L, D | images in a batch; images of one prompt; steps; text tokens; width |
 | t, t_next, dt | flow time: 1 = noise, 0 = image; a step goes t -> t_next < t; dt = t - t_next |
 | x, x_next | latents before and after a step |
-| v | velocity dx/dt = eps - x_0, the output of the network |
+| v | velocity dx/dt = eps - x_0, the output of the network; v_S: student, v_T: teacher |
 | mean, std | of the Gaussian of a step; std = sigma_t sqrt(dt) |
 | sigma_t | the noise rate of the SDE, and nothing else |
 | logp, ratio, adv, kl | as in PPO; logp and kl are nats per latent element (averaged over C*H*W) |
+| w(t) | the weight of a step's KL: kl = w(t) |v_p - v_q|^2, where |.|^2 is a mean over elements |
+| b, S | images of one State (a forward pass); steps that are trained or supervised |
 | context, pooled | the prompt, as token vectors and as one vector |
 
 Papers: Flow-GRPO arXiv 2505.05470 (the SDE); CPS arXiv 2509.05952; SD3 arXiv 2403.03206 (schedule);
@@ -81,7 +83,7 @@ def branches(net, x, t, text, adapter=None):
 
 
 def velocity(net, x, t, text, guidance=1.0, adapter=None):
-    """v_null + w (v_text - v_null); w = 1 needs half of the work. Like x (B, C, H, W); t (B,)."""
+    """v_null + guidance (v_text - v_null): (B, C, H, W). Guidance 1 needs half of the work."""
     if guidance == 1:
         return net(x, t, text.context, text.pooled, adapter)
     v_null, v_text = branches(net, x, t, text, adapter)
@@ -221,9 +223,9 @@ class Sampler:
     noisy: range             # the steps that take noise; the others follow the ODE
 
     def gaussian(self, x, v, k):
-        """mean and std of x_next after step k (B,) from x (B, C, H, W) under velocity v.
+        """mean and std of x_next after step k from x (B, C, H, W) under velocity v.
 
-        v may hold both branches side by side; then mean does too.
+        k: one step for all, or (B,). v may hold both branches side by side; then mean does too.
         """
         x = torch.cat([x] * (v.shape[1] // x.shape[1]), 1)
         t = self.times[k]
@@ -239,6 +241,7 @@ class Sampler:
         vs = []
         for k in range(len(self.times) - 1):
             t = self.times[k].expand(len(x))
+            # Guided, also for a policy that gives both branches.
             v = velocity(policy.net, x, t, text, policy.guidance, policy.adapter).float()
             if k in self.noisy:
                 mean, std = self.gaussian(x, v, k)
@@ -281,8 +284,9 @@ class State:
     v_target: Tensor = None  # (b, C, H, W), the teacher's velocity at x
     v_anchor: Tensor = None  # (b, C, H, W), the anchor's
     adv: Tensor = None       # (b,), advantage of the step, for policy gradients
-    ratio: Tensor = None     # (b,), of the last update, for the log; and so are the next two
-    kl: Tensor = None
+    # For the log, (b,) each, of the last update:
+    ratio: Tensor = None     # p_new / p_old
+    kl: Tensor = None        # to the base (stage 1), or to the target (stage 2)
     kl_anchor: Tensor = None
 
     @property

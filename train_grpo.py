@@ -85,7 +85,7 @@ class Config:
     rollout: Literal["sde", "cps"] = "sde"
     # Noise level.
     a: float = 0.7
-    # Guidance (w), in rollouts and updates alike.
+    # Guidance scale, in rollouts and updates alike.
     guidance: float = 1.0
 
     # --- policy
@@ -187,13 +187,11 @@ def check(cfg, world, world_size):
 
 def make_policy(cfg, base):
     """The net that learns, and the name of its adapter (None: the whole net learns)."""
-    if cfg.full:
-        net = copy.deepcopy(base).float().requires_grad_(True)
-        adapter = None
-    else:
-        net = base
+    net = copy.deepcopy(base).float().requires_grad_(True) if cfg.full else base
+    torch.manual_seed(cfg.seed)
+    adapter = None
+    if not cfg.full:
         adapter = "policy"
-        torch.manual_seed(cfg.seed)
         net.add_adapter(adapter, cfg.lora_r, cfg.lora_alpha, trainable=True)
     net.checkpointing = cfg.checkpointing
     if cfg.compile:
@@ -245,8 +243,9 @@ def main(cfg):
     sampler = Sampler(schedule(cfg.steps).to(device), cfg.rollout, cfg.a, range(*cfg.noisy))
     trained = torch.arange(*cfg.noisy, device=device)
     params = [p for p in net.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+    opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=1e-4)
     settings = {**asdict(cfg), "world_size": world_size}
+    # The rate is constant, so a run may be made longer.
     saved = resume(folder / "state.pt", settings, model.fingerprint, free=["iters"])
     first = restore(saved, net, opt)
     autocast = dist.autocast(device)
@@ -299,12 +298,12 @@ def main(cfg):
         # 4. Update. Make the steps that led to better images more likely, near the base.
         grad_norm = 0.0
         for states in minibatches:
-            n_states = sum(signal[s.images].float().sum() for s in states)
-            n_states = dist.sync_mean(n_states) * world_size      # with a signal, over all ranks
+            # Groups without a signal are dropped, so ranks have unequal numbers of states.
+            n_states = dist.sync_sum(sum(signal[s.images].float().sum() for s in states))
             if n_states == 0:
                 continue
             for s in states:
-                policy.net.require_backward_grad_sync = s is states[-1]     # one all-reduce
+                dist.reduce_now(policy.net, s is states[-1])      # once an update
                 with autocast:
                     v = policy(s.x, s.t, text.rows(s.images))
                     ratio = likelihood_ratio(v, s)
@@ -316,7 +315,7 @@ def main(cfg):
                         loss = loss + cfg.beta * kl_base
                         s.kl = kl_base.detach()
                     loss = (loss * signal[s.images]).sum() / n_states
-                    (loss * world_size).backward()                # DDP averages over the ranks
+                (loss * world_size).backward()                    # ranks are averaged, not summed
                 s.ratio = ratio.detach()
             grad_norm = dist.clip_gradients(params)
             dist.check_finite(grad_norm, it)

@@ -10,21 +10,22 @@ Stage 2: Flow-OPD. One student learns from all teachers, on the states that it v
 A run that was stopped goes on where it was when the same command is given again. All that it
 writes is in runs/NAME/.
 
-One iteration: the student samples trajectories. At every state it visited, the prompt's own teacher
-says where it would go next, and so does the quality teacher, as an anchor. The loss pulls the
-student's step there. No image is scored.
+One iteration: the student samples trajectories. At every supervised state that it visited, the
+prompt's own teacher says where it would go next. So does one more teacher, the anchor, whatever
+the prompt. The loss pulls the student's step there. No image is scored.
 
 How to pull is where the paper, its code and its followers differ. Fix a state x. The student goes
 to x_next ~ p_S(.|x), a Gaussian. The teacher's p_T has the same variance, so D = KL(p_S || p_T) is
-known in closed form: D = w |v_S - v_T|^2. The objectives are losses at x; "sg" stops the gradient:
+known in closed form: D = w(t) |v_S - v_T|^2. The objectives are losses at this x, which is a
+constant to the gradient, as v_T is; "sg" stops the gradient:
 
     objective               the loss, or A in -ratio A                  its expected gradient
     kl                      D                                           grad D, no variance at x
-    velocity                |v_S - v_T|^2                               grad D / w
+    velocity                |v_S - v_T|^2                               grad D / w(t)
     pg, dense, step         A = sg(-D), the paper's text                0 while the ratio is 1
     pg, sampled, step       A = sg(log p_T(x_next) - log p_S(x_next))   grad D, plus noise
     pg, sampled, future     A = the sum of those from this step on      grad KL of the whole window
-    pg, dense, future       A = sg(-the sum of D from this step on)     that less its direct part
+    pg, dense, future       A = sg(-the sum of D from this step on)     that less the sum of grad D
     released                A = -D dt, not stopped, the released code   dt grad D, plus noise
 
 docs/method.md derives this table, and tests/test_objectives.py shows it on a policy whose
@@ -106,7 +107,7 @@ class Config:
     rollout: Literal["sde", "cps", "ode"] = "sde"
     # Noise level.
     a: float = 0.7
-    # Guidance (w), in rollouts and updates, of student and teachers alike.
+    # Guidance scale, in rollouts and updates, of student and teachers alike.
     guidance: float = 1.0
 
     # --- student
@@ -127,7 +128,7 @@ class Config:
     step_reward: Literal["dense", "sampled"] = "dense"
     # For pg: a step's own reward, or that of all supervised later steps too.
     credit: Literal["step", "future"] = "step"
-    # For pg and released, the clip range of PPO (look at clip_frac if there are --updates).
+    # For pg and released, the clip range of PPO (look at clip_frac if --updates is above 1).
     clip: float = 1e-4
     # What is compared. guided: the guided velocities; branches: those with and without the prompt;
     # fold: the student's with the prompt and the teacher's guided one. The student then needs no
@@ -137,7 +138,7 @@ class Config:
     extrapolate: float = 1.0
     # Target = (1 - this) * own teacher + this * mean of the others. 0 is hard routing.
     blend: float = 0.0
-    # Weight of the KL to the anchor (MAR). 0 turns it off.
+    # Weight of the KL to the anchor (MAR, manifold anchor regularization). 0 turns it off.
     lam: float = 0.02
 
     # --- optimiser
@@ -198,7 +199,8 @@ def released(v, s, cfg):
     return clipped(ratio, adv, cfg.clip).mean(0)
 
 
-# name -> the loss (b,) of velocities v (b, C, H, W) at b states.
+# name -> the loss (b,) of velocities v (b, C, H, W) at a State s of b images.
+# DEVIATION: the default is the KL itself, which the paper's text puts, detached, into pg.
 OBJECTIVES = {"kl": lambda v, s, cfg: kl(v, s.v_target, s),
               "velocity": velocity_loss,
               "pg": pg,
@@ -308,11 +310,11 @@ class Teachers:
 
     def __call__(self, x, t, text, task):
         v = self.routed(x, t, text, task)
-        K = len(self.tasks)
+        n_tasks = len(self.tasks)
         blend = self.cfg.blend
         if blend:                                   # v_target = sum_k alpha_k v_k, sum alpha = 1
-            others = sum(self.routed(x, t, text, (task + k) % K) for k in range(1, K))
-            v = (1 - blend) * v + blend * others / (K - 1)
+            others = sum(self.routed(x, t, text, (task + k) % n_tasks) for k in range(1, n_tasks))
+            v = (1 - blend) * v + blend * others / (n_tasks - 1)
         if self.cfg.extrapolate != 1:
             # Gaussians of one variance: p_T^e p_base^(1 - e) is one again, with this mean.
             v_base = self.base(x, t, text)
@@ -324,7 +326,10 @@ class Teachers:
 
 
 def check(cfg, world, world_size):
-    """All that can be known to be wrong before any time is spent."""
+    """All that can be known to be wrong before any time is spent.
+
+    It also fills in the defaults that depend on others: supervised, lora_r and lora_alpha.
+    """
     if cfg.objective not in OBJECTIVES:
         raise ValueError(f"--objective {cfg.objective}: expected one of {', '.join(OBJECTIVES)}")
     if not cfg.full and cfg.init in ("none", "truncate"):
@@ -498,12 +503,12 @@ def main(cfg):
             credit_steps(list(chain(*minibatches)), steps.shape, cfg)
 
         # 4. Update. Pull the student's steps to their teachers', and a little to the anchor's.
-        for group in opt.param_groups:
-            group["lr"] = cfg.lr * (1 - it / cfg.iters)
+        for param_group in opt.param_groups:
+            param_group["lr"] = cfg.lr * (1 - it / cfg.iters)
         for states in minibatches:
-            n_states = sum(len(s.x) for s in states)
+            n_states = sum(len(s.x) for s in states)              # the same on every rank
             for s in states:
-                student.net.require_backward_grad_sync = s is states[-1]    # one all-reduce
+                dist.reduce_now(student.net, s is states[-1])     # once an update
                 with autocast:
                     v = student(s.x, s.t, text.rows(s.images))
                     loss = objective(v, s, cfg)                   # (b,), by default KL to target
@@ -511,7 +516,7 @@ def main(cfg):
                         kl_anchor = kl(v, s.v_anchor, s)
                         loss = loss + cfg.lam * kl_anchor         # MAR, whatever the task
                         s.kl_anchor = kl_anchor.detach()
-                    (loss.sum() / n_states).backward()            # DDP averages over the ranks
+                (loss.sum() / n_states).backward()                # ranks are averaged
                 s.kl = kl(v.detach(), s.v_target, s)
                 if cfg.objective in SURROGATES:
                     s.ratio = likelihood_ratio(v.detach(), s)

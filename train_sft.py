@@ -52,7 +52,7 @@ class Config:
     samples: int = 2000
     # ODE steps of a picture.
     steps: int = 20
-    # Guidance (w) of the teachers when they draw.
+    # Guidance scale of the teachers when they draw.
     guidance: float = 1.0
 
     # --- student
@@ -207,19 +207,19 @@ def main(cfg):
         mine = torch.arange(cfg.batch).chunk(world_size)[rank]
 
         # 3. Update. The student's velocity at noised pictures, against the true one.
-        for group in opt.param_groups:
-            group["lr"] = cfg.lr * (1 - it / cfg.iters)
+        for param_group in opt.param_groups:
+            param_group["lr"] = cfg.lr * (1 - it / cfg.iters)
         losses = []
         parts = mine.split(cfg.micro)
         for part in parts:
-            student.require_backward_grad_sync = part is parts[-1]          # one all-reduce
+            dist.reduce_now(student, part is parts[-1])           # once an update
             keys = [(cfg.seed, "sft eps", it, int(i)) for i in part]
             eps = draw_noise(keys, 0, model.latent_shape())[:, 0].to(device)
             x_0 = latents[picked[part]].to(device)
             text = encode(model.text, [asked[i] for i in part])
             with autocast:
                 loss = flow_loss(student, x_0, t[part].to(device), eps, text, "student")
-                (loss.sum() / len(mine)).backward()               # DDP averages over the ranks
+            (loss.sum() / len(mine)).backward()                   # ranks are averaged
             losses.append(loss.detach())
         grad_norm = dist.clip_gradients(params)
         dist.check_finite(grad_norm, it)

@@ -186,7 +186,7 @@ def reward_networks():
 
     GenEval and OCR ask their world; in SD3.5's, two networks answer. Judges are served elsewhere.
     """
-    from experiments.random_scorers import RANDOM       # imports much of transformers
+    from experiments.random_scorers import RANDOM  # imports much of transformers
     networks = {"geneval": RANDOM["geneval.Detector"], "ocr": RANDOM["ocr.Reader"]}
     for name, reward in REWARDS.items():
         if reward.where in RANDOM:

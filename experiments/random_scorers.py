@@ -5,11 +5,23 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (AutoTokenizer, BertTokenizer, BlipTextConfig, BlipTextModel,
-                          BlipVisionConfig, BlipVisionModel, CLIPConfig, CLIPModel,
-                          Mask2FormerConfig, Mask2FormerModel, PPOCRV5ServerDetConfig,
-                          PPOCRV5ServerDetForObjectDetection, PPOCRV5ServerRecConfig,
-                          PPOCRV5ServerRecForTextRecognition, SwinConfig)
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPModel,
+    Mask2FormerConfig,
+    Mask2FormerModel,
+    PPOCRV5ServerDetConfig,
+    PPOCRV5ServerDetForObjectDetection,
+    PPOCRV5ServerRecConfig,
+    PPOCRV5ServerRecForTextRecognition,
+    SwinConfig,
+)
 
 from experiments.random_sd3 import write_tokenizers
 from scorers.clip import Aesthetic, CLIPScore, HPSv2, PickScore

@@ -26,8 +26,14 @@ from pathlib import Path
 import numpy as np
 
 from experiments import fixed_states, jobs, plots, tables
-from experiments.results import (ALL_SCORES, HELD_OUT, SECONDS_IT, SNAPSHOT_TABLES, TRAIN,
-                                 fixed_states_file)
+from experiments.results import (
+    ALL_SCORES,
+    HELD_OUT,
+    SECONDS_IT,
+    SNAPSHOT_TABLES,
+    TRAIN,
+    fixed_states_file,
+)
 from plumbing import cli
 from plumbing.files import write_text
 

@@ -7,8 +7,19 @@ import numpy as np
 from experiments.intervals import ratio_interval, show_mean
 from experiments.jobs import PARTS, TASKS, commands
 from experiments.passes import passes
-from experiments.results import (HELD_OUT, SECONDS_IT, TRAIN, collect, curve, gains, reached,
-                                 read_fixed_states, score, shared_seeds, teachers_of)
+from experiments.results import (
+    HELD_OUT,
+    SECONDS_IT,
+    TRAIN,
+    collect,
+    curve,
+    gains,
+    reached,
+    read_fixed_states,
+    score,
+    shared_seeds,
+    teachers_of,
+)
 from plumbing.files import write_text
 
 # Each table between its marks in this page is replaced: <!-- reproduce: NAME --> ... <!-- end -->
@@ -325,7 +336,7 @@ HEADINGS = {
 INTRODUCTION = """\
 Mean and 95% interval over seeds (Student's t; a number alone is one seed). Held-out prompts, \
 600 images a task and seed.
-Made by `python reproduce.py --tables`.
+Made by `python -m experiments.reproduce --tables`.
 """
 
 

@@ -64,6 +64,13 @@ def sync_mean(x):
     return x
 
 
+def sync_sum(x):
+    """Sum a tensor over the ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
 def gather(x):
     """Concatenate a tensor (the same shape on every rank) over the ranks, in rank order."""
     if not dist.is_initialized():
@@ -109,6 +116,15 @@ def distribute(net, full):
     for module in [*net.joint_blocks, net]:
         fully_shard(module, mesh=mesh, mp_policy=precision)
     return net
+
+
+def reduce_now(net, now):
+    """Should the next backward pass average the gradients over the ranks, or leave it to a later?
+
+    DDP so reduces once an update (it is what its no_sync sets, and must be set before the forward
+    pass). FSDP reduces in every backward pass, since it keeps no whole gradients; the sum is equal.
+    """
+    net.require_backward_grad_sync = now
 
 
 def clip_gradients(params, most=1.0):

@@ -4,8 +4,13 @@ import re
 
 import torch
 from torch import nn
-from transformers import (BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig,
-                          BlipVisionModel)
+from transformers import (
+    BertTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+)
 
 from plumbing.files import check_shapes, read_pt, shapes_of
 from scorers.pixels import check_pairs, clip_pixels

@@ -7,8 +7,13 @@ import json
 
 import torch
 from safetensors.torch import save_file
-from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel,
-                          T5Tokenizer)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from model import PREFIX, MMDiT, MMDiTConfig
 from worlds.vae import VAE

@@ -7,7 +7,6 @@ import sys
 from unittest.mock import MagicMock
 
 import pytest
-
 from mini_clip import BPE
 
 

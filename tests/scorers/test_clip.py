@@ -5,14 +5,35 @@ import sys
 import numpy as np
 import pytest
 import torch
+from mini_clip import (
+    BPE,
+    PROMPTS,
+    affine,
+    needs_bpe,
+    pictures,
+    randomized,
+    resize_planes,
+    save_clip,
+    shapes,
+    torchvision_box,
+    varied,
+)
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
-from mini_clip import (BPE, PROMPTS, affine, needs_bpe, pictures, randomized, resize_planes,
-                       save_clip, shapes, torchvision_box, varied)
-from scorers.clip import (CLIP_H, Aesthetic, CLIPScore, HPSv2, PickScore, clip_config_of,
-                          clip_state_from_open_clip, clip_tokenizer, clip_tokens, open_clip_clean)
+from scorers.clip import (
+    CLIP_H,
+    Aesthetic,
+    CLIPScore,
+    HPSv2,
+    PickScore,
+    clip_config_of,
+    clip_state_from_open_clip,
+    clip_tokenizer,
+    clip_tokens,
+    open_clip_clean,
+)
 from scorers.pixels import clip_pixels, hps_pixels, normalize, to_uint8
 
 # ------------------------------------------------------------------ tokens

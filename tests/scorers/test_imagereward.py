@@ -4,9 +4,9 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from mini_clip import PROMPTS, affine, pictures, randomized, shapes, varied
 from transformers import BlipTextModel, BlipVisionModel
 
-from mini_clip import PROMPTS, affine, pictures, randomized, shapes, varied
 from scorers import imagereward
 from scorers.imagereward import ImageReward
 from scorers.pixels import clip_pixels

@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
+from mini_clip import pictures
 from PIL import Image
 
-from mini_clip import pictures
 from scorers.judge import QWEN_VL, UNIFIED_REWARD, UnifiedReward, VLMJudge
 from scorers.pixels import to_uint8
 

@@ -2,12 +2,19 @@
 import numpy as np
 import pytest
 import torch
+from mini_clip import levels, pictures, resize_planes, torchvision_box
 from PIL import Image
 
-from mini_clip import levels, pictures, resize_planes, torchvision_box
 from scorers.jpeg import jpeg_compressibility, jpeg_incompressibility
-from scorers.pixels import (clip_input, clip_pixels, clipscore_pixels, grey_levels, hps_pixels,
-                            to_pil, to_uint8)
+from scorers.pixels import (
+    clip_input,
+    clip_pixels,
+    clipscore_pixels,
+    grey_levels,
+    hps_pixels,
+    to_pil,
+    to_uint8,
+)
 
 # The last two leave an odd number to crop.
 SIZES = [(512, 512), (300, 451), (451, 300), (224, 224), (100, 77), (224, 227), (235, 224)]

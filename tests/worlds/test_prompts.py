@@ -206,7 +206,7 @@ def test_mix_is_the_items_or_the_defaults_for_the_tasks_there_are():
 
 @pytest.mark.parametrize("items, message", [
     (["ocr"], "--ratio ocr: expected TASK=N with"), (["ocr=-1"], "--ratio ocr=-1: expected TASK=N"),
-    (["other=1"], r"with a teacher's task \(ocr, quality\)"), (["ocr=1", "ocr=1"], "at most once"),
+    (["other=1"], r"with one of the tasks \(ocr, quality\)"), (["ocr=1", "ocr=1"], "at most once"),
     (["ocr=1"], "--ratio ocr=1: expected a number for each of ocr, quality"),
     (["ocr=0", "quality=0"], "not all 0")])
 def test_malformed_mix_is_refused(items, message):
