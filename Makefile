@@ -26,9 +26,9 @@ lint: .venv/lint                  # widths, names, imports; the rules are in pyp
 oracles: .venv/oracles            # diffusers, peft, ...: what some tests compare with (else skipped)
 
 teachers: .venv/done              # stage 1, from the shipped base (under an hour on two cores; resumes)
-	$(RUN) train_grpo.py --tasks geneval --batch 192 --lr 2e-3 --iters 250
-	$(RUN) train_grpo.py --tasks ocr --iters 225
-	$(RUN) train_grpo.py --tasks quality --anchor --iters 50
+	$(RUN) train_grpo.py --tasks geneval --batch 192 --lr 2e-3 --iters 250 --out ckpt/geneval.pt
+	$(RUN) train_grpo.py --tasks ocr --iters 225 --out ckpt/ocr.pt
+	$(RUN) train_grpo.py --tasks quality --anchor --iters 50 --out ckpt/quality.pt
 
 reproduce: .venv/done             # the paper's findings with several seeds (six hours on two cores)
 	$(BIN)/python -m experiments.reproduce --ranks $(RANKS) $(ARGS)

@@ -49,8 +49,10 @@ class Config:
     text_encoders: str = ""
     # TASK=DIR: the prompts of that folder instead of the world's own (worlds/prompts.py).
     prompts: list[str] = field(default_factory=list)
-    # Tasks to evaluate on (default: all of the world).
+    # Tasks to evaluate on (default: all that have prompts).
     tasks: list[str] = field(default_factory=list)
+    # TASK=REWARD: what a task is scored by (default: the world's; a task of your own has none).
+    score: list[str] = field(default_factory=list)
     # Rewards to take of the images of every task, besides the task's own.
     also: list[str] = field(default_factory=lambda: ["quality"])
     # Where to write OUT.md, OUT.json and OUT.png.
@@ -70,7 +72,7 @@ class Config:
     # Also measure how far pictures of one prompt are apart (in the JSON).
     diversity: bool = False
     # Prompts in the picture.
-    rows: int = 12
+    rows: int = 6
 
     # --- just pictures
     # Draw these, and evaluate nothing.
@@ -101,15 +103,26 @@ PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=40, guidance=
                        per_task=2208, also=[])}
 
 
-def read_models(cfg, base):
-    """Every checkpoint as a Policy, by its label."""
-    policies = {}
-    for n, spec in enumerate(cfg.ckpts):
+def label_models(ckpts):
+    """--ckpts -> {label: path}."""
+    if not ckpts:
+        raise ValueError("--ckpts: got none, expected at least one model, e.g. "
+                         "--ckpts base ckpt/*.pt")
+    paths = {}
+    for spec in ckpts:
         label, path = split_label(spec)
         label = label or Path(path).stem
-        if label in policies:
+        if label in paths:
             raise ValueError(f"--ckpts {spec}: a second model called '{label}'; "
                              f"write LABEL={path}")
+        paths[label] = path
+    return paths
+
+
+def read_models(cfg, paths, base):
+    """{label: path} -> every checkpoint as a Policy, by its label."""
+    policies = {}
+    for n, (label, path) in enumerate(paths.items()):
         policies[label] = Policy(base, None, cfg.guidance)
         if path == "base":
             continue
@@ -238,20 +251,51 @@ def picture_names(cfg, asked):
     return names
 
 
-def generate(cfg, model, policies, times, rank, world_size):
-    """Draw --prompt and --prompt-file by each model from the same noise, and write OUT/prompts.txt.
-
-    With --layout compbench the names are those that T2I-CompBench's BLIP-VQA, UniDet and CLIP
-    scorers read.
-    """
+def asked_prompts(cfg):
+    """The prompts of --prompt and --prompt-file, one for each picture."""
     asked = list(cfg.prompt)
     if cfg.prompt_file:
         asked += [meta["prompt"] for meta in read_file(cfg.prompt_file, "prompt")]
-    asked = [prompt for prompt in asked for _ in range(cfg.each)]
+    return [prompt for prompt in asked for _ in range(cfg.each)]
+
+
+def to_lines(asked):
+    """The content of OUT/prompts.txt."""
+    return "".join(prompt + "\n" for prompt in asked)
+
+
+def check_out(cfg, asked, labels):
+    """ValueError if OUT has pictures of another command: they would pass for pictures of this."""
+    names = set(picture_names(cfg, asked))
+    out = Path(cfg.out)
+    listed = out / "prompts.txt"
+    # All folders beside a prompts.txt are of its prompts. Without one, only these models' count.
+    folders = [out / label for label in labels]
+    same = False
+    if listed.is_file():
+        folders = [path for path in out.iterdir() if path.is_dir()]
+        same = listed.read_text() == to_lines(asked)
+    for folder in folders:
+        for file in [*folder.glob("*.png"), *folder.glob("samples/*.png")]:
+            if not same or str(file.relative_to(folder)) not in names:
+                raise ValueError(f"--out {cfg.out}: holds {file}, a picture of other prompts or "
+                                 "of another --layout than are asked for; give --out NEW, or "
+                                 f"delete {folder}")
+
+
+def generate(cfg, asked, model, policies, times, rank, world_size):
+    """Draw the prompts by each model from the same noise.
+
+    OUT/prompts.txt is written before them, so that a command that was stopped may be given again.
+    With --layout compbench the names are those that T2I-CompBench's BLIP-VQA, UniDet and CLIP
+    scorers read.
+    """
     names = picture_names(cfg, asked)
     mine = torch.arange(len(asked))[rank::world_size]
     model.text.prepare(asked, rank, world_size)
     dist.barrier()
+    if rank == 0:
+        write_text(Path(cfg.out) / "prompts.txt", to_lines(asked))
     bar = tqdm(total=len(policies) * len(mine), desc="draw", unit="image", disable=rank > 0)
     for label, policy in policies.items():
         for part in mine.split(cfg.batch) if len(mine) else ():
@@ -267,11 +311,33 @@ def generate(cfg, model, policies, times, rank, world_size):
             bar.update(len(part))
     bar.close()
     if rank == 0:
-        write_text(Path(cfg.out) / "prompts.txt", "".join(prompt + "\n" for prompt in asked))
         print(f"wrote {cfg.out}/{{{','.join(policies)}}} and {cfg.out}/prompts.txt")
 
 
 # ------------------------------------------------------------------ evaluation
+
+
+def read_scores(items, world):
+    """--score, ["TASK=REWARD", ...], and the world's own -> {task: reward}."""
+    named = {}
+    for item in items:
+        task, _, name = item.partition("=")
+        if task not in world.tasks or name not in REWARDS or task in named:
+            raise ValueError(f"--score {item}: expected TASK=REWARD, each task once; tasks are "
+                             f"{', '.join(world.tasks)}, rewards {', '.join(REWARDS)}")
+        named[task] = name
+    return {**world.score, **named}
+
+
+def choose_tasks(cfg, world, rank):
+    """--tasks, or all that have prompts. It says which were left out."""
+    if cfg.tasks:
+        return cfg.tasks
+    tasks = world.tasks_with_prompts(cfg.split)
+    without = [task for task in world.tasks if task not in tasks]
+    if without and rank == 0:
+        print(f"left out: {', '.join(without)}, without prompts here (--prompts TASK=DIR)")
+    return tasks
 
 
 def check(cfg, world, tasks, world_size):
@@ -282,8 +348,8 @@ def check(cfg, world, tasks, world_size):
                              "each once")
         if task not in world.score:
             raise ValueError(f"--tasks {task}: has no score of its own; expected some of "
-                             f"{', '.join(world.score)}. Draw pictures (--prompt-file), then "
-                             "python -m scorers NAME ...")
+                             f"{', '.join(world.score)}, or --score {task}=REWARD")
+    world.check_prompts(tasks, cfg.split)
     if not len(tasks) <= cfg.rows <= cfg.per_task:
         raise ValueError(f"--rows {cfg.rows}: expected at least one a task ({len(tasks)}), "
                          f"at most --per-task {cfg.per_task}")
@@ -373,29 +439,17 @@ def every_mean(scores):
     return out
 
 
-def main(cfg):
-    start = time.time()
-    rank, world_size, device = dist.setup(cfg.device, cfg.seed)
-    cli.positive(cfg, "steps", "batch", "each")
-    world = open_world(cfg.model, cfg.prompts)
-    tasks = list(cfg.tasks or world.tasks)
-    if not cfg.ckpts:
-        raise ValueError("--ckpts: got none, expected at least one model, e.g. "
-                         "--ckpts base ckpt/*.pt")
-    model = world.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5,
-                       cfg.text_encoders)
-    policies = read_models(cfg, model.mmdit)
-    times = schedule(cfg.steps).to(device)
-    if cfg.prompt or cfg.prompt_file:
-        generate(cfg, model, policies, times, rank, world_size)
-        return
-    check(cfg, world, tasks, world_size)
-    run = Evaluation(cfg, model, world, tasks, times, rank, world_size)
+def evaluate(run, policies, rank, world_size, start):
+    """Draw and score the prompts of all tasks by each model, and write the report."""
+    cfg = run.cfg
+    model = run.model
+    world = run.world
+    tasks = list(run.metas)
     tags = tags_of(run.metas, world)
     if "geneval" in tasks and not tags:
         raise ValueError(f"--prompts geneval=...: none of its prompts has a tag of "
                          f"{', '.join(world.tags)}")
-    check_rewards(run.specs, model, world, cfg.split, device)
+    check_rewards(run.specs, model, world, cfg.split, run.times.device)
     texts = [meta["prompt"] for metas in run.metas.values() for meta in metas]
     model.text.prepare(texts, rank, world_size)
     dist.barrier()
@@ -419,7 +473,8 @@ def main(cfg):
     last = list(policies)[-1]
     text = report(results, differences, last, tags, tasks)
     numbers = {"settings": asdict(cfg), "world_size": world_size, "base": model.fingerprint,
-               "torch": torch.__version__, "device": str(device), "seconds": time.time() - start,
+               "torch": torch.__version__, "device": str(run.times.device),
+               "seconds": time.time() - start,
                "table: mean, standard error, n": results,
                f"{last} minus: mean, standard error, n": differences,
                "all scores: mean, standard error": every_mean(scores)}
@@ -430,6 +485,30 @@ def main(cfg):
     write_text(out.with_suffix(".json"), json.dumps(numbers, indent=1))
     draw_grid(shown, out.with_suffix(".png"), cfg.rows)
     print(f"\n{text}\nwrote {out}.md, {out}.json, {out}.png in {time.time() - start:.0f} s")
+
+
+def main(cfg):
+    start = time.time()
+    rank, world_size, device = dist.setup(cfg.device, cfg.seed)
+    cli.positive(cfg, "steps", "batch", "each")
+    paths = label_models(cfg.ckpts)
+    asked = asked_prompts(cfg)
+    world = open_world(cfg.model, cfg.prompts)
+    if asked:
+        check_out(cfg, asked, paths)
+    else:
+        world.score = read_scores(cfg.score, world)
+        tasks = choose_tasks(cfg, world, rank)
+        check(cfg, world, tasks, world_size)
+    model = world.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5,
+                       cfg.text_encoders)
+    policies = read_models(cfg, paths, model.mmdit)
+    times = schedule(cfg.steps).to(device)
+    if asked:
+        generate(cfg, asked, model, policies, times, rank, world_size)
+    else:
+        run = Evaluation(cfg, model, world, tasks, times, rank, world_size)
+        evaluate(run, policies, rank, world_size, start)
 
 
 if __name__ == "__main__":

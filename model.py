@@ -35,10 +35,11 @@ class Route:
 
 
 class LoRALinear(nn.Linear):
-    """n projections of one input side by side, each with its own adapters.
+    """One linear layer that holds n projections of the same input.
 
-    n = 3 for q, k and v; n = 1 for an output projection. Several adapters live on one base weight:
-    W x + scale * B A x for each projection, with scale = alpha / r, A (n, r, D) and B (n, D, r).
+    n = 3 for q, k and v; n = 1 for an output projection. Several adapters live on one base weight,
+    and each has A and B for every projection: W x + scale * B A x, with scale = alpha / r,
+    A (n, r, D) and B (n, D, r).
     `adapter` is None (the base), a name (for all samples) or a Route (each sample has its own).
     """
 
@@ -95,7 +96,7 @@ class MMDiTConfig:
     pos_max: int = 384       # side of the position table, in patches
     context_dim: int = 4096
     pooled_dim: int = 2048
-    dual: int = 13           # so many first blocks have attn2
+    dual: int = 13           # the first `dual` blocks have attn2
     qk_norm: bool = True
 
     @classmethod
@@ -117,12 +118,18 @@ class MMDiTConfig:
 
 
 def modulate(x, shift, scale):
-    """x (B, T, D); shift and scale (B, D)."""
+    """Scale and shift each token by the vectors of its image.
+
+    x (B, T, D); shift and scale (B, D).
+    """
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 def attend(q, k, v):
-    """q, k, v (B, nh, T, hd) -> (B, T, D)."""
+    """Attention over all heads, which are then joined again.
+
+    q, k, v (B, nh, T, hd) -> (B, T, D).
+    """
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -160,11 +167,13 @@ class Stream(nn.Module):
     """One stream's half of a joint block.
 
     dual: the stream has attn2, a second attention over itself alone.
-    last: this is the last context block. Nobody reads its output, so it only gives keys and values.
+    last: this is the last context block. It has no output projection and no MLP, because nobody
+        reads its output.
     """
 
     def __init__(self, cfg, dual=False, last=False):
         super().__init__()
+        self.dual = dual
         self.last = last
         self.norm = nn.LayerNorm(cfg.width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(cfg, proj=not last)
@@ -191,7 +200,7 @@ class Stream(nn.Module):
         if self.last:
             return None
         h = mod[2][:, None] * self.attn.proj(attn, adapter)
-        if self.n_mod == 9:                              # attn2 reads the same x; it has no adapter
+        if self.dual:                                    # attn2 reads the same x; it has no adapter
             q, k, v = self.attn2.heads(modulate(self.norm(x), mod[6], mod[7]), None)
             h = h + mod[8][:, None] * self.attn2.proj(attend(q, k, v))
         x = x + h
@@ -298,7 +307,8 @@ class MMDiT(nn.Module):
     def init_weights(self):
         """The reference initialisation.
 
-        Modulation and output start at zero, so that every block starts as the identity.
+        Linear layers start as Xavier, with zero biases. Modulations and output start at zero, so
+        each block is the identity.
         """
         zero = [self.final_layer.linear]
         for m in self.modules():
@@ -314,8 +324,9 @@ class MMDiT(nn.Module):
     def positions(self, h, w):
         """The table cropped around its centre: (1, h * w, D)."""
         side = self.cfg.pos_max
-        too_large = f"{h} x {w} patches, but the position table holds {side} x {side}"
-        assert h <= side and w <= side, too_large
+        if h > side or w > side:
+            raise ValueError(f"latents of {h} x {w} patches: the position table holds {side} x "
+                             f"{side}; expected no more")
         top = (side - h) // 2
         left = (side - w) // 2
         table = self.pos_embed.view(1, side, side, -1)[:, top:top + h, left:left + w]
@@ -331,7 +342,7 @@ class MMDiT(nn.Module):
         w = x.shape[-1] // self.cfg.patch
         dtype = self.context_embedder.weight.dtype
         if torch.is_autocast_enabled(x.device.type):
-            # Float32 weights then compute as bfloat16 ones do, residual stream included.
+            # Float32 weights then compute in its dtype, and the residual stream does too.
             dtype = torch.get_autocast_dtype(x.device.type)
         c = self.t_embedder(timestep_embedding(t).to(dtype))                    # (B, D)
         c = c + self.y_embedder(pooled.to(dtype))
@@ -402,17 +413,25 @@ class MMDiT(nn.Module):
 PREFIX = {"mmdit": "model.diffusion_model.", "vae": "first_stage_model.", "text": "text_encoder."}
 
 
+def part_prefix(names, part):
+    """The prefix that a network's tensors have in a file of these names.
+
+    A file that holds one network alone may leave it out.
+    """
+    if any(name.startswith(PREFIX[part]) for name in names):
+        return PREFIX[part]
+    return ""
+
+
 def part_shapes(path, part, marker):
     """The tensors of one network in a file: {name without prefix: shape}, and the prefix.
 
-    marker: how a name begins that shows the network is there at all. A file that holds one network
-    alone may leave out the prefix. ValueError if the network is not there.
+    marker: a prefix of tensor names. If no name has it, the network is not in the file, which is a
+    ValueError.
     """
     with open_tensors(path) as file:
         names = list(file.keys())
-        prefix = PREFIX[part]
-        if not any(name.startswith(prefix) for name in names):
-            prefix = ""
+        prefix = part_prefix(names, part)
         if not any(name.startswith(prefix + marker) for name in names):
             raise ValueError(f"{path}: has no tensor '{PREFIX[part]}{marker}...' or '{marker}...', "
                              "expected Stability's native layout; it has "
@@ -428,10 +447,9 @@ def part_shapes(path, part, marker):
 def load_part(path, part, build, marker, device="cpu", dtype=torch.float32):
     """Load one network out of a safetensors file, strictly, and without gradients.
 
-    build: {name: shape} -> the module; marker: as in part_shapes. The module is made without
-    memory and then given the tensors of the file one by one, each in its final dtype and on its
-    device. So there is never more than about one copy of the weights. With dtype None (the file's
-    own) on the CPU there is none: the tensors are the mapped file.
+    build: {name: shape} -> the module; marker: as in part_shapes; dtype: None for the file's own.
+    The module is built without memory. Tensors are then read one by one, so memory holds about one
+    copy. On the CPU with dtype None, tensors stay mapped to the file, and no copy is made.
     Raises ValueError that names the first tensor that does not fit.
     """
     shapes, prefix = part_shapes(path, part, marker)
@@ -445,7 +463,8 @@ def load_part(path, part, build, marker, device="cpu", dtype=torch.float32):
     digest = Fingerprint()
     tensors = {}
     for name in sorted(shapes):
-        # The file is opened anew for each tensor, so that pages that were copied leave memory.
+        # Each tensor opens the file again. Closing it frees the mapped pages that were already
+        # copied.
         with open_tensors(path) as file:
             tensor = file.get_tensor(prefix + name)
         digest.add(name, tensor)

@@ -49,9 +49,9 @@ def relative_position(a, b) -> set[str]:
 
 
 def most_confident_first(objects, name):
-    """The objects of a class.
+    """The objects of a class, by falling score.
 
-    Of equals the last comes first, as the reversed argsort of the original gives it.
+    Among equal scores the last object comes first, because the original reverses an argsort.
     """
     found = [obj for obj in objects if obj["class"] == name]
     found.sort(key=lambda obj: obj["score"])
@@ -67,8 +67,9 @@ def score_clause(clause, found, groups):
     wanted = clause["count"]
     parts = [1 - abs(wanted - len(found)) / wanted]
     right = len(found) == wanted
+    # A wrong count costs one 0 part, even if the clause asks for colour and position.
     if not right and ("color" in clause or "position" in clause):
-        parts.append(0.0)                                # one 0, even where both were asked for
+        parts.append(0.0)
     if right and "color" in clause:
         n_color = sum(obj["color"] == clause["color"] for obj in found)
         parts.append(1 - abs(wanted - n_color) / wanted)
@@ -80,8 +81,8 @@ def score_clause(clause, found, groups):
             parts.append(0.0)
             return parts, False
         right = all(relation in relative_position(a, b) for a in found for b in others)
-        # A wrong position adds a 0 AND a 1 in the released reward (gen_eval.py:254 and 258). Two
-        # objects out of place so score 3/4 and not 2/3. It is kept, so that rewards compare.
+        # The released reward adds a 0 and a 1 for a wrong position (gen_eval.py:254 and 258). Two
+        # misplaced objects score 3/4, not 2/3. We keep this, so that rewards compare.
         parts += [1.0] if right else [0.0, 1.0]
     return parts, right
 
@@ -152,9 +153,9 @@ class Reward:
     """A line of the table.
 
     score: a function (images, metas, world) -> (N,) numbers, as the reward is reported.
-    scale: the reported score is divided by it in a weighted sum, and in the average of eval.py.
+    scale: the policy trains on the score divided by it. eval.py divides by it for the average.
     where: the network in scorers/ that gives the score, if there is one.
-    cheap: it needs no network in the tiny world, so more prompts are checked at the start.
+    cheap: the tiny world computes it without a network. So more prompts are checked at the start.
     """
     score: Callable
     scale: float = 1.0
@@ -171,6 +172,7 @@ def for_each_image(name, results, metas):
 
 
 def geneval(form):
+    """A reward that scores detected objects by one of GENEVAL_FORMS."""
     name = "geneval" if form == "soft" else f"geneval_{form}"
 
     def reward(images, metas, world):
@@ -197,6 +199,7 @@ def network(where, scale=1.0):
 
 
 def jpeg(sign, scale=1.0):
+    """A reward by JPEG size. sign is 1 or -1."""
     def reward(images, metas, world):
         from scorers.jpeg import jpeg_incompressibility
         return sign * jpeg_incompressibility(images).numpy()
@@ -204,11 +207,11 @@ def jpeg(sign, scale=1.0):
 
 
 REWARDS = {
-    # name                                             # says; is reported as
-    "geneval": geneval("soft"),                        # are objects, counts, colours and places
-    "geneval_strict": geneval("strict"),               # as asked; three forms, see geneval_score
-    "geneval_benchmark": geneval("benchmark"),
-    "ocr": Reward(ocr, cheap=True),                    # is the text as quoted; 0 to 1
+    # name                                             # meaning; reported range
+    "geneval": geneval("soft"),                        # what and where, in parts; at most 1
+    "geneval_strict": geneval("strict"),               # all exactly right; 0 or 1
+    "geneval_benchmark": geneval("benchmark"),         # GenEval's own rule; 0 or 1
+    "ocr": Reward(ocr, cheap=True),                    # the quoted text; 0 to 1
     "quality": Reward(quality, cheap=True),            # the tiny world's own; 0 to 1
     "pickscore": network("clip.PickScore", 26),        # preference; about 20 to 24
     "clipscore": network("clip.CLIPScore", 30),        # agreement with the prompt; 25 to 35
@@ -218,8 +221,8 @@ REWARDS = {
     "deqa": network("deqa.DeQA", 5),                   # looks; 1 to 5, 16 GB
     "unifiedreward": network("judge.UnifiedReward", 5),  # a judge at $UNIFIEDREWARD_URL; 1 to 5
     "qwenvl": network("judge.QwenVL", 5),              # a judge at $QWENVL_URL; 1 to 5
-    "jpeg_compressibility": jpeg(-1, 500),             # size of the file; -kB
-    "jpeg_incompressibility": jpeg(1),                 # kB
+    "jpeg_compressibility": jpeg(-1, 500),             # minus the file's size; kB
+    "jpeg_incompressibility": jpeg(1),                 # the file's size; kB
 }
 
 
@@ -243,7 +246,7 @@ def parse_reward(spec: str) -> dict[str, float]:
 
 
 class DetectOnce:
-    """A world seen through one batch: its detector, the costly part, runs at most once."""
+    """This stands for the world while one batch is scored. Its detector runs at most once."""
 
     def __init__(self, world):
         self.world = world
@@ -280,8 +283,8 @@ def score(spec, images, metas, world) -> dict:
 def check_rewards(rewards, model, world, split="train", device="cpu"):
     """Score grey images against some prompts of each task, on the device.
 
-    A reward that does not fit its task, or cannot be reached, so stops here. Whatever has weights
-    is loaded by this, before any time is spent on sampling. rewards: {task: spec}.
+    This stops the run if a reward does not fit its task or cannot be reached. It also loads
+    whatever has weights, before any time is spent on sampling. rewards: {task: spec}.
     """
     images = torch.full((4, 3, model.resolution, model.resolution), 0.5, device=device)
     for task, spec in rewards.items():
@@ -299,7 +302,7 @@ def check_rewards(rewards, model, world, split="train", device="cpu"):
 
 
 class Judge:
-    """Scores images in a thread of its own while the next are sampled, each by its task's reward.
+    """A thread scores each image by its task's reward, while the next images are sampled.
 
     rewards: {task: spec}. submit() takes the images of an iteration piece by piece, totals() waits
     for them.
@@ -337,6 +340,20 @@ class Judge:
             self.rows += future.result()
         self.waiting = []
         return [row["total"] for row in self.rows]
+
+    def reported(self):
+        """For the log: what totals() gave, but a reward that is no sum is not scaled.
+
+        Each number is the score as reported, or, where there are weights, the total.
+        """
+        numbers = []
+        for row in self.rows:
+            (name, weight), *others = self.rewards[row["task"]].items()
+            if weight == 1 and not others:
+                numbers.append(row[name])
+            else:
+                numbers.append(row["total"])
+        return numbers
 
     def components(self):
         """The mean over all ranks of each part of a reward that is a sum: {"TASK/NAME": mean}."""

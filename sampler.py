@@ -211,7 +211,7 @@ class Trajectory(NamedTuple):
     """B trajectories. States are kept in float32, whatever the network computes in."""
     x: Tensor                # (B, K + 1, C, H, W); x[:, k] is before step k, x[:, K] the sample
     logp: Tensor             # (B, K), nats per element; 0 where a step had no noise
-    v: Tensor                # (B, K, C, H, W), the velocity that step k took
+    v: Tensor | None         # (B, K, C, H, W), the velocity that step k took, if asked for
 
 
 @dataclass
@@ -233,7 +233,7 @@ class Sampler:
         return step(self.kind, x, v, t, t_next, self.a, self.times[1])
 
     @torch.no_grad()
-    def rollout(self, policy, noise, text):
+    def rollout(self, policy, noise, text, keep_v=False):
         """Sample B trajectories of the policy. noise (B, K + 1, C, H, W), as draw_noise gives."""
         x = noise[:, 0].float()
         xs = [x]
@@ -253,8 +253,10 @@ class Sampler:
                 logp = x.new_zeros(len(x))
             xs.append(x)
             logps.append(logp)
-            vs.append(v)
-        return Trajectory(torch.stack(xs, 1), torch.stack(logps, 1), torch.stack(vs, 1))
+            if keep_v:
+                vs.append(v)
+        v = torch.stack(vs, 1) if keep_v else None
+        return Trajectory(torch.stack(xs, 1), torch.stack(logps, 1), v)
 
 
 @torch.no_grad()
@@ -278,9 +280,9 @@ class State:
     k: Tensor                # (b,), which step of the schedule
     x: Tensor                # (b, C, H, W), before the step
     x_next: Tensor           # (b, C, H, W), after it
-    v_old: Tensor            # (b, C, H, W), the velocity that the rollout took
     logp_old: Tensor         # (b,), log p(x_next | x) in the rollout
     sampler: Sampler
+    v_old: Tensor = None     # (b, C, H, W), the velocity that the rollout took, if it was kept
     v_target: Tensor = None  # (b, C, H, W), the teacher's velocity at x
     v_anchor: Tensor = None  # (b, C, H, W), the anchor's
     adv: Tensor = None       # (b,), advantage of the step, for policy gradients
@@ -316,10 +318,9 @@ def visited(trajectory, steps, images, sampler):
             k=k,
             x=trajectory.x[rows, k],
             x_next=trajectory.x[rows, k + 1],
-            v_old=trajectory.v[rows, k],
+            v_old=trajectory.v[rows, k] if trajectory.v is not None else None,
             logp_old=trajectory.logp[rows, k],
             sampler=sampler,
-            ratio=torch.ones(len(k), device=k.device),
             kl=torch.zeros(len(k), device=k.device),
             kl_anchor=torch.zeros(len(k), device=k.device)))
     return states
@@ -353,11 +354,38 @@ def ratio_summary(minibatches, clip):
     """What the log says of the ratios of an iteration, over all ranks.
 
     ratio_err: the largest distance from 1 in the first update, where the ratio must be 1.
-    clip_frac: the share of all ratios that are outside the clip range.
+    clip_frac: the share of ratios outside the clip range, in later updates if there are any. States
+    that were left out of an update have no ratio.
     """
     def distances(states):
-        return (dist.gather(torch.cat([s.ratio for s in states])) - 1).abs()
+        ratios = [s.ratio for s in states if s.ratio is not None]
+        return (torch.cat(ratios) - 1).abs() if ratios else torch.zeros(0)
 
-    every = distances([s for states in minibatches for s in states])
-    return {"ratio_err": distances(minibatches[0]).max().item(),
-            "clip_frac": (every > clip).float().mean().item()}
+    device = minibatches[0][0].x.device
+    first = torch.cat([torch.zeros(1), distances(minibatches[0]).cpu()]).max()
+    later = distances([s for states in minibatches[1:] or minibatches for s in states])
+    counts = torch.tensor([(later > clip).sum(), len(later)], dtype=torch.float32, device=device)
+    outside, n = dist.sync_sum(counts).tolist()
+    return {"ratio_err": dist.gather(first.reshape(1).to(device)).max().item(),
+            "clip_frac": outside / max(n, 1)}
+
+
+def check_window(cfg):
+    """ValueError if the last noisy step of CPS outweighs all others.
+
+    Its std is proportional to t_next, so its KL weight grows as 1 / t_next^2. In SD3's schedule the
+    last time above 0 is 0.0089.
+    """
+    if cfg.rollout != "cps":
+        return
+    times = schedule(cfg.steps)
+    x = torch.zeros(1, 1, 1, 1)
+    weights = []
+    for k in range(*cfg.noisy):
+        mean, std = cps_step(x, torch.ones_like(x), times[k], times[k + 1], cfg.a)
+        weights.append((mean ** 2 / (2 * std ** 2)).item())
+    if len(weights) > 1 and weights[-1] > 100 * max(weights[:-1]):
+        raise ValueError(f"--rollout cps --noisy {cfg.noisy}: the last noisy step ends at t = "
+                         f"{times[cfg.noisy[1]]:.4f} with a std of {std.item():.4f}, so its KL "
+                         f"weighs {weights[-1] / max(weights[:-1]):.0f} times as much as any "
+                         f"other; end at {cfg.noisy[1] - 1}")

@@ -1,10 +1,10 @@
 """
 Stage 1: a teacher by Flow-GRPO. One reward makes a teacher. Several make GRPO-Mix, the baseline.
 
-    python train_grpo.py --tasks ocr                              # -> ckpt/ocr.pt
+    python train_grpo.py --tasks ocr                              # -> runs/grpo-ocr/adapter.pt
     torchrun --nproc_per_node=2 train_grpo.py --tasks geneval     # on CPUs: OMP_NUM_THREADS=1
     python train_grpo.py --tasks quality --anchor                 # to anchor all in stage 2
-    python train_grpo.py --tasks geneval ocr quality --ratio geneval=3 ocr=1 quality=1
+    python train_grpo.py --tasks geneval ocr quality --ratio geneval=3 ocr=1 quality=1   # a mix
     torchrun --nproc_per_node=8 train_grpo.py --model stable-diffusion-3.5-medium --tasks ocr
 
 A run that was stopped goes on where it was when the same command is given again. Its log and its
@@ -35,6 +35,7 @@ from rewards import Judge, check_rewards, parse_reward
 from sampler import (
     Policy,
     Sampler,
+    check_window,
     clipped,
     draw_noise,
     encode,
@@ -61,13 +62,16 @@ class Config:
     prompts: list[str] = field(default_factory=list)
     # TASK=N: how many prompts of each task (default: one each).
     ratio: list[str] = field(default_factory=list)
-    # A reward for each task, such as "geneval=0.5,ocr=0.5" (default: the world's).
+    # How tasks take turns: iteration by iteration, as released, or prompt by prompt.
+    mix: Literal["alternate", "batch"] = "alternate"
+    # A reward for each task, such as "geneval=0.5,ocr=0.5" (default: the world's; in a mix 0.8 of
+    # it and 0.2 of quality, as released).
     reward: list[str] = field(default_factory=list)
     # Mark the result as the quality teacher that anchors all prompts (MAR).
     anchor: bool = False
     # Name of the run (default: grpo-TASKS).
     name: str = ""
-    # File of the result (default: ckpt/TASK.pt, or runs/NAME/adapter.pt for a mix).
+    # File of the result (default: runs/NAME/adapter.pt).
     out: str = ""
 
     # --- rollout
@@ -101,12 +105,12 @@ class Config:
     beta: float = 0.01
     # Clip range of PPO (sampler.log_prob says why it is so small).
     clip: float = 1e-4
-    # Advantages are divided by the std of all rewards, or of their group.
-    adv_std: Literal["batch", "group"] = "batch"
+    # Advantages are divided by the std of all rewards, of their task's, or of their group's.
+    adv_std: Literal["batch", "task", "group"] = "batch"
 
     # --- optimiser
-    # Learning rate of AdamW.
-    lr: float = 5e-4
+    # Learning rate of AdamW (default: LR below, by world, and lower with --full).
+    lr: float | None = None
     # Optimiser steps a rollout, each on its share of the batch.
     updates: int = 1
     # Images a forward pass, in rollouts and updates (memory).
@@ -135,40 +139,50 @@ class Config:
     device: str = "auto"
 
 
-# Defaults that follow from --model. For SD3.5 they are the released ones (preset geneval_sd3: 48
-# groups of 24, two updates, all steps but the last). iters is ours: their teachers took thousands.
+# Defaults that follow from --model. For SD3.5 these are the released ones (preset geneval_sd3):
+# size, T5, steps, guidance, 48 groups of 24, two updates, rank, alpha, rate; a mix takes --lr 1e-4.
+# Ours are iters (their teachers took thousands), micro, save_every and dtype.
+# The released KL to the base leaves out dt, with beta 0.04 (0.01 for PickScore). Ours has dt, for
+# which their author used 0.004 (flow_grpo issue 22); so PickScore takes --beta 0.001.
 # DEVIATION: the step that is not trained takes no noise here. There is no EMA of the adapter.
 PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=10, noisy=[0, 9], guidance=4.5,
-                       batch=1152, group=24, updates=2, lora_r=32, lora_alpha=64.0, lr=3e-4,
-                       beta=0.04, micro=8, iters=1000)}
+                       batch=1152, group=24, updates=2, lora_r=32, lora_alpha=64.0, beta=0.004,
+                       micro=8, iters=1000, save_every=5)}
+# Learning rates: (world, --full) -> default. A whole transformer takes a lower one; ours, untuned.
+LR = {("tiny", False): 5e-4, ("tiny", True): 1e-5, ("sd3", False): 3e-4, ("sd3", True): 1e-5}
 
 
-def advantages(reward, group, adv_std, everyone):
+def advantages(reward, task, group, adv_std):
     """Is an image better than the others of its prompt?
 
-    reward (B,), the images of a group in a row -> adv (B,), and signal (B,), which is False where
-    the rewards of a whole group are equal. adv = (reward - mean of the group) / std, clipped to
-    +-5. The std is of everyone's rewards (all ranks), or of each group's.
+    reward (B,) of all ranks, the images of a group in a row; task (B,) -> adv (B,), and signal
+    (B,), which is False where the rewards of a whole group are equal.
+    adv = (reward - mean of the group) / std, clipped to +-5. The std is of all rewards, of those of
+    the same task, or of those of the group.
     """
     grouped = reward.view(-1, group)
-    centred = grouped - grouped.mean(1, keepdim=True)
+    centred = (grouped - grouped.mean(1, keepdim=True)).flatten()
+    std = torch.full_like(reward, reward.std(unbiased=False))
     if adv_std == "group":
-        std = grouped.std(1, keepdim=True, unbiased=False)
-    else:
-        std = everyone.std(unbiased=False)
-    adv = (centred / (std + 1e-6)).clamp(-5, 5).flatten()
+        std = grouped.std(1, unbiased=False).repeat_interleave(group)
+    if adv_std == "task":
+        for n in task.unique():
+            std[task == n] = reward[task == n].std(unbiased=False)
+    adv = (centred / (std + 1e-4)).clamp(-5, 5)          # 1e-4 as released
     signal = grouped.max(1).values > grouped.min(1).values
     return adv, signal.repeat_interleave(group)
 
 
 def check(cfg, world, world_size):
-    """All that can be known to be wrong before any time is spent."""
+    """All that can be known to be wrong before any time is spent. It fills in the default lr."""
+    if cfg.lr is None:
+        cfg.lr = LR.get((world.name, cfg.full), LR["tiny", cfg.full])
     cli.positive(cfg, "iters", "batch", "group", "steps", "a", "lora_r", "lora_alpha", "lr",
                  "updates", "micro", "save_every", "clip")
     for task in cfg.tasks:
         if task not in world.tasks:
             raise ValueError(f"--tasks {task}: unknown task; the world of this model has "
-                             f"{', '.join(world.tasks)}")
+                             f"{', '.join(world.tasks)}; --prompts {task}=DIR makes a new one")
     if not cfg.tasks or len(set(cfg.tasks)) < len(cfg.tasks):
         raise ValueError(f"--tasks {' '.join(cfg.tasks)}: expected each task once, at least one")
     if cfg.reward and len(cfg.reward) != len(cfg.tasks):
@@ -183,6 +197,19 @@ def check(cfg, world, world_size):
                          "its own; expected --reward, one a task")
     world.check_prompts(cfg.tasks)
     cli.check_rollout(cfg, world_size)
+    check_window(cfg)
+
+
+def choose_rewards(cfg, world):
+    """{task: spec}: --reward, or the world's. In a mix 0.8 of that, and 0.2 of quality."""
+    if cfg.reward:
+        return {task: parse_reward(spec) for task, spec in zip(cfg.tasks, cfg.reward)}
+    rewards = {task: parse_reward(world.reward[task]) for task in cfg.tasks}
+    if len(cfg.tasks) > 1:
+        for task, spec in rewards.items():
+            rewards[task] = {name: 0.8 * weight for name, weight in spec.items()}
+            rewards[task][world.judge] = rewards[task].get(world.judge, 0) + 0.2
+    return rewards
 
 
 def make_policy(cfg, base):
@@ -199,16 +226,17 @@ def make_policy(cfg, base):
     return net, adapter
 
 
-def summary(minibatches, task, everyone, signal, judge, cfg):
-    """What the log says of an iteration, over all ranks."""
+def summary(minibatches, task, reward, signal, judge, cfg):
+    """What the log says of an iteration. task, reward, signal: (B,), of all ranks."""
     row = {}
-    task = dist.gather(task)
+    reported = torch.tensor(judge.reported(), device=reward.device)
+    reported = dist.gather_batch(reported, cfg.batch, cfg.updates)
     for n, name in enumerate(cfg.tasks):
         if (task == n).any():
-            row[f"reward_{name}"] = everyone[task == n].mean().item()
+            row[f"reward_{name}"] = reported[task == n].mean().item()
     row.update(judge.components())
-    row["reward_std"] = everyone.std(unbiased=False).item()
-    row["zero_std_ratio"] = 1 - dist.sync_mean(signal.float().mean()).item()
+    row["reward_std"] = reward.std(unbiased=False).item()
+    row["zero_std_ratio"] = 1 - signal.float().mean().item()
     row.update(ratio_summary(minibatches, cfg.clip))
     kls = torch.cat([s.kl for s in chain(*minibatches)])
     row["kl"] = dist.gather(kls).mean().item()
@@ -222,8 +250,7 @@ def main(cfg):
     tasks = cfg.tasks
     mix = read_mix(cfg.ratio, tasks, dict.fromkeys(tasks, 1))
     pattern = [task for task, n in mix.items() for _ in range(n)]
-    specs = cfg.reward or [world.reward[task] for task in tasks]
-    rewards = {task: parse_reward(spec) for task, spec in zip(tasks, specs)}
+    rewards = choose_rewards(cfg, world)
     model = world.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5,
                        cfg.text_encoders)
     check_rewards(rewards, model, world, device=device)
@@ -232,8 +259,6 @@ def main(cfg):
     name = cfg.name or "grpo-" + "-".join(tasks)
     folder = Path("runs") / name
     out = Path(cfg.out or folder / "adapter.pt")
-    if not cfg.out and len(tasks) == 1:
-        out = Path("ckpt") / f"{tasks[0]}.pt"
 
     # The policy: an adapter on the frozen base, or a whole transformer beside it. The reference is
     # the base.
@@ -244,7 +269,7 @@ def main(cfg):
     trained = torch.arange(*cfg.noisy, device=device)
     params = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=1e-4)
-    settings = {**asdict(cfg), "world_size": world_size}
+    settings = {**asdict(cfg), "prompts_digest": world.prompts_digest, "world_size": world_size}
     # The rate is constant, so a run may be made longer.
     saved = resume(folder / "state.pt", settings, model.fingerprint, free=["iters"])
     first = restore(saved, net, opt)
@@ -253,7 +278,7 @@ def main(cfg):
     judge = Judge(rewards, model, world)
 
     def draw(it):
-        return world.batch(pattern, cfg.batch // cfg.group, cfg.seed, it)
+        return world.batch(pattern, cfg.batch // cfg.group, cfg.seed, it, cfg.mix)
 
     def save(path):
         return save_trained(path, net, adapter, model, rank, task="+".join(tasks),
@@ -261,7 +286,7 @@ def main(cfg):
                             settings=settings)
 
     texts = [prompt["prompt"] for it in range(first, cfg.iters) for prompt in draw(it)]
-    model.text.prepare(texts, rank, world_size)
+    model.text.prepare(texts, *dist.local())
     dist.barrier()
 
     for it in tqdm(range(first, cfg.iters), initial=first, total=cfg.iters, disable=rank > 0):
@@ -271,9 +296,10 @@ def main(cfg):
         mine = dist.share(cfg.batch, cfg.updates, rank, world_size)
         asked = [prompts[i // cfg.group] for i in mine]
         text = encode(model.text, [prompt["prompt"] for prompt in asked])
-        task = [tasks.index(prompt["task"]) for prompt in asked]
-        task = torch.tensor(task, device=device)
-        noise = draw_noise([(cfg.seed, it, i) for i in mine], cfg.steps, model.latent_shape())
+        task = [tasks.index(prompt["task"]) for prompt in prompts]
+        task = torch.tensor(task, device=device).repeat_interleave(cfg.group)     # (B,), all ranks
+        keys = [(cfg.seed, "grpo", it, i) for i in mine]
+        noise = draw_noise(keys, cfg.steps, model.latent_shape())
         noise = noise.to(device)
 
         # 2. Rollout. The policy samples. Finished images are judged while it goes on.
@@ -289,41 +315,44 @@ def main(cfg):
             minibatches.append(states)
 
         # 3. Advantages. Is an image better than the others of its prompt? All its steps share that.
-        reward = torch.tensor(judge.totals(), device=device)      # (B,) on this rank
-        everyone = dist.gather(reward)
-        adv, signal = advantages(reward, cfg.group, cfg.adv_std, everyone)
+        reward = torch.tensor(judge.totals(), device=device)
+        reward = dist.gather_batch(reward, cfg.batch, cfg.updates)          # (B,), of all ranks
+        adv, signal = advantages(reward, task, cfg.group, cfg.adv_std)
+        my_adv, my_signal = adv[mine], signal[mine]
         if cfg.offload:
             scorers.offload()
 
         # 4. Update. Make the steps that led to better images more likely, near the base.
         grad_norm = 0.0
         for states in minibatches:
-            # Groups without a signal are dropped, so ranks have unequal numbers of states.
-            n_states = dist.sync_sum(sum(signal[s.images].float().sum() for s in states))
+            # Images without a signal are left out, so ranks have unequal numbers of states. Where
+            # none of a State has one, it is skipped; but each rank runs one, for the all-reduce.
+            n_states = dist.sync_sum(sum(my_signal[s.images].float().sum() for s in states))
             if n_states == 0:
                 continue
+            states = [s for s in states if my_signal[s.images].any()] or states[-1:]
             for s in states:
                 dist.reduce_now(policy.net, s is states[-1])      # once an update
                 with autocast:
                     v = policy(s.x, s.t, text.rows(s.images))
                     ratio = likelihood_ratio(v, s)
-                    loss = clipped(ratio, adv[s.images], cfg.clip)          # (b,)
+                    loss = clipped(ratio, my_adv[s.images], cfg.clip)       # (b,)
                     if cfg.beta:
                         with torch.no_grad():
                             v_base = reference(s.x, s.t, text.rows(s.images))
                         kl_base = kl(v, v_base, s)
                         loss = loss + cfg.beta * kl_base
                         s.kl = kl_base.detach()
-                    loss = (loss * signal[s.images]).sum() / n_states
+                    loss = (loss * my_signal[s.images]).sum() / n_states
                 (loss * world_size).backward()                    # ranks are averaged, not summed
-                s.ratio = ratio.detach()
+                s.ratio = ratio.detach()[my_signal[s.images]]
             grad_norm = dist.clip_gradients(params)
             dist.check_finite(grad_norm, it)
             opt.step()
             opt.zero_grad()
 
         # 5. Log and save.
-        row = summary(minibatches, task, everyone, signal, judge, cfg)
+        row = summary(minibatches, task, reward, signal, judge, cfg)
         seconds = time.time() - start
         log({"iter": it + 1, **row, "grad_norm": grad_norm, "s/it": seconds,
              "images/s": cfg.batch / seconds})

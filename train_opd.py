@@ -56,6 +56,7 @@ from plumbing.state import restore, resume, save_state
 from sampler import (
     Policy,
     Sampler,
+    check_window,
     clipped,
     draw_noise,
     encode,
@@ -83,6 +84,8 @@ class Config:
     prompts: list[str] = field(default_factory=list)
     # TASK=N: how many prompts of each task (default: the world's, e.g. geneval=3 ocr=1 quality=1).
     ratio: list[str] = field(default_factory=list)
+    # How tasks take turns: prompt by prompt, or iteration by iteration, as released.
+    mix: Literal["alternate", "batch"] = "batch"
     # The task whose teacher anchors all prompts (default: the teacher that is marked so).
     anchor: str = ""
     # Name of the run.
@@ -142,8 +145,9 @@ class Config:
     lam: float = 0.02
 
     # --- optimiser
-    # Learning rate of AdamW. It decays linearly to zero.
-    lr: float = 3e-3
+    # Learning rate of AdamW (default: LR below, by world, and lower with --full). It decays
+    # linearly to zero.
+    lr: float | None = None
     # Optimiser steps a rollout, each on its share of the batch.
     updates: int = 4
     # Images a forward pass, in rollouts and updates (memory).
@@ -170,10 +174,16 @@ class Config:
     device: str = "auto"
 
 
-# Defaults that follow from --model. For SD3.5 they are the released ones (preset mix_opd_8gpu).
-# iters is ours and untried.
+# Defaults that follow from --model. For SD3.5 these are the released ones (preset mix_opd_8gpu):
+# size, T5, steps, guidance, 16 groups of 16, two updates, rate, micro, tasks that alternate.
+# DEVIATION: ours are iters (untried), lam (0.02, the text; they have 0.04), no weight decay (1e-4),
+# a rate that decays (theirs is constant), and the merge, so rank 96 (theirs starts from the base,
+# rank 32: --init none).
 PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=10, noisy=[0, 9], guidance=4.5,
-                       batch=256, group=16, updates=2, lr=1e-4, micro=4, iters=300)}
+                       batch=256, group=16, updates=2, micro=4, mix="alternate", iters=300,
+                       save_every=5)}
+# Learning rates: (world, --full) -> default. A whole transformer takes a lower one; ours, untuned.
+LR = {("tiny", False): 3e-3, ("tiny", True): 1e-4, ("sd3", False): 1e-4, ("sd3", True): 1e-5}
 
 # ------------------------------------------------------------------ the objectives, side by side
 
@@ -208,6 +218,21 @@ OBJECTIVES = {"kl": lambda v, s, cfg: kl(v, s.v_target, s),
 SURROGATES = ("pg", "released")                     # those with a ratio, which need a density
 
 
+def checked(name):
+    """The objective of this name, with a check of what it gives: a mistake would train silently."""
+    objective = OBJECTIVES[name]
+
+    def loss(v, s, cfg):
+        out = objective(v, s, cfg)
+        if out.shape != (len(s.x),) or not out.requires_grad:
+            raise ValueError(f"--objective {name}: gave a loss of shape {tuple(out.shape)} with "
+                             f"requires_grad {out.requires_grad}, expected ({len(s.x)},), a number "
+                             "for each state, and a gradient")
+        return out
+
+    return loss
+
+
 def step_reward(s, kind):
     """The reward of b steps for pg: (b,), without a gradient.
 
@@ -236,12 +261,13 @@ def credited(reward, group, credit):
     return adv
 
 
-def credit_steps(states, shape, cfg):
-    """Give each state its advantage, for pg. shape (B, S): images and supervised steps."""
-    reward = torch.zeros(shape, device=states[0].x.device)
+def credit_steps(states, mine, S, cfg):
+    """Give each state its advantage, for pg. mine: this rank's images; S: supervised steps."""
+    reward = torch.zeros(len(mine), S, device=states[0].x.device)
     for s in states:
         reward[s.images, s.slot] = step_reward(s, cfg.step_reward)
-    adv = credited(reward, cfg.group, cfg.credit)
+    everyone = dist.gather_batch(reward, cfg.batch, cfg.updates)    # a group may span ranks
+    adv = credited(everyone, cfg.group, cfg.credit)[mine]
     for s in states:
         s.adv = adv[s.images, s.slot]
 
@@ -328,8 +354,10 @@ class Teachers:
 def check(cfg, world, world_size):
     """All that can be known to be wrong before any time is spent.
 
-    It also fills in the defaults that depend on others: supervised, lora_r and lora_alpha.
+    It also fills in the defaults that depend on others: lr, supervised, lora_r and lora_alpha.
     """
+    if cfg.lr is None:
+        cfg.lr = LR.get((world.name, cfg.full), LR["tiny", cfg.full])
     if cfg.objective not in OBJECTIVES:
         raise ValueError(f"--objective {cfg.objective}: expected one of {', '.join(OBJECTIVES)}")
     if not cfg.full and cfg.init in ("none", "truncate"):
@@ -347,6 +375,7 @@ def check(cfg, world, world_size):
     if not cfg.supervised:
         cfg.supervised = [0, cfg.steps] if cfg.rollout == "ode" else list(cfg.noisy)
     cli.check_rollout(cfg, world_size)
+    check_window(cfg)
     ordered = (len(cfg.supervised) == 2
                and 0 <= cfg.supervised[0] < cfg.supervised[1] <= cfg.steps)
     if not ordered:
@@ -444,28 +473,29 @@ def main(cfg):
                      both=cfg.match == "branches")
     teachers = Teachers(loaded, model.mmdit, cfg)
     anchor = teachers.policy(anchor_task) if anchor_task else None
-    objective = OBJECTIVES[cfg.objective]
+    objective = checked(cfg.objective)
     # An ODE rollout has no density. Its states are weighted as the SDE's would be.
     noisy = range(0) if cfg.rollout == "ode" else range(*cfg.noisy)
     density = "sde" if cfg.rollout == "ode" else cfg.rollout
     sampler = Sampler(schedule(cfg.steps).to(device), density, cfg.a, noisy)
     params = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)
-    settings = {**asdict(cfg), "teachers": taught_by, "world_size": world_size}
+    settings = {**asdict(cfg), "teachers": taught_by, "prompts_digest": world.prompts_digest,
+                "world_size": world_size}
     saved = resume(folder / "state.pt", settings, model.fingerprint)
     first = restore(saved, net, opt)
     autocast = dist.autocast(device)
     log = Log(folder, rank, settings, first)
 
     def draw(it):
-        return world.batch(pattern, cfg.batch // cfg.group, cfg.seed, it)
+        return world.batch(pattern, cfg.batch // cfg.group, cfg.seed, it, cfg.mix)
 
     def save(path):
         return save_trained(path, net, adapter, model, rank, task="+".join(tasks), anchor=False,
                             r=r, alpha=alpha, settings=settings)
 
     texts = [prompt["prompt"] for it in range(first, cfg.iters) for prompt in draw(it)]
-    model.text.prepare(texts, rank, world_size)
+    model.text.prepare(texts, *dist.local())
     dist.barrier()
     if first == 0:
         save(folder / "init.pt")
@@ -479,7 +509,8 @@ def main(cfg):
         text = encode(model.text, [prompt["prompt"] for prompt in asked])
         task = [tasks.index(prompt["task"]) for prompt in asked]
         task = torch.tensor(task, device=device)
-        noise = draw_noise([(cfg.seed, it, i) for i in mine], cfg.steps, model.latent_shape())
+        keys = [(cfg.seed, it, i) for i in mine]
+        noise = draw_noise(keys, cfg.steps, model.latent_shape())
         noise = noise.to(device)
 
         # 2. Rollout. The student itself samples: it will learn on the states that it visits.
@@ -489,7 +520,8 @@ def main(cfg):
             states = []
             for part in images.split(cfg.micro):                  # one forward pass each
                 with autocast:
-                    trajectory = sampler.rollout(student, noise[part], text.rows(part))
+                    trajectory = sampler.rollout(student, noise[part], text.rows(part),
+                                                 keep_v=cfg.objective == "pg")
                 states += visited(trajectory, steps[part], part, sampler)
             minibatches.append(states)
 
@@ -500,7 +532,7 @@ def main(cfg):
                 if anchor:
                     s.v_anchor = anchor(s.x, s.t, text.rows(s.images))
         if cfg.objective == "pg":                                 # the others need no advantage
-            credit_steps(list(chain(*minibatches)), steps.shape, cfg)
+            credit_steps(list(chain(*minibatches)), mine, steps.shape[1], cfg)
 
         # 4. Update. Pull the student's steps to their teachers', and a little to the anchor's.
         for param_group in opt.param_groups:

@@ -9,8 +9,10 @@ of its teachers, and later sees states of its own that it never trained on. A ru
 goes on where it was. The teachers' pictures are kept in runs/NAME/samples.pt.
 
 Papers: Flow-OPD arXiv 2605.08063 (cold start). The loss is SD3's, arXiv 2403.03206:
-x_t = (1 - t) x_0 + t eps, |v - (eps - x_0)|^2, with logit-normal t.
+x_t = (1 - t) x_0 + t eps, |v - (eps - x_0)|^2, with logit-normal t. As in the released Flow-OPD
+(scripts/train_sd3_sft.py:802-810) the times then go through the schedule's shift of 3.
 """
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,6 +68,8 @@ class Config:
     iters: int = 300
     # Pictures a step, over all ranks.
     batch: int = 64
+    # Where times are drawn. schedule: logit t ~ N(ln 3, 1), as released; plain: N(0, 1).
+    times: Literal["schedule", "plain"] = "schedule"
     # Share of prompts that are left out in training, so that guidance keeps its other branch.
     drop: float = 0.0
     # Learning rate of AdamW. It decays linearly to zero.
@@ -96,7 +100,8 @@ class Config:
 PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=40, guidance=4.5, drop=0.1,
                        samples=20000, iters=1000, lora_r=32, lora_alpha=64.0, lr=1e-4, micro=4)}
 # The options that the pictures depend on, and the teachers.
-PICTURES = ("teachers", "samples", "steps", "guidance", "seed", "ratio", "prompts", "size", "t5")
+PICTURES = ("teachers", "samples", "steps", "guidance", "seed", "ratio", "prompts",
+            "prompts_digest", "size", "t5")
 
 
 def flow_loss(net, x_0, t, eps, text, adapter):
@@ -104,6 +109,17 @@ def flow_loss(net, x_0, t, eps, text, adapter):
     x_t = (1 - expand(t, x_0)) * x_0 + expand(t, x_0) * eps
     v = net(x_t, t, text.context, text.pooled, adapter).float()
     return ((v - (eps - x_0)) ** 2).flatten(1).mean(1)
+
+
+def draw_times(rng, n, times):
+    """n times in (0, 1), float32.
+
+    A shift of 3 takes t to 3 t / (1 + 2 t), which adds ln 3 to the logit of t.
+    """
+    logit = torch.tensor(rng.standard_normal(n), dtype=torch.float32)
+    if times == "schedule":
+        logit = logit + math.log(3)
+    return logit.sigmoid()
 
 
 def check(cfg, world_size):
@@ -143,13 +159,13 @@ def draw_pictures(cfg, model, teachers, prompts, rank, world_size, device):
     return latents
 
 
-def pictures(cfg, path, settings, rank, draw):
+def pictures(path, settings, rank, draw):
     """The pictures that a stopped run has left in path, if they are of these settings, or new."""
     key = {name: settings[name] for name in PICTURES}
-    if path.exists():
-        kept = read_pt(path, ["latents", "settings"])
-        if kept["settings"] == key:
-            return kept["latents"]
+    kept = read_pt(path, ["latents", "settings"]) if path.exists() else {"settings": None}
+    # All ranks draw, or none: drawing gathers.
+    if all(dist.gather_objects(kept["settings"] == key)):
+        return kept["latents"]
     latents = draw()
     if rank == 0:
         write_pt(path, {"latents": latents, "settings": key})
@@ -177,7 +193,8 @@ def main(cfg):
     student = dist.distribute(net, full=False)
     params = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)
-    settings = {**asdict(cfg), "teachers": taught_by, "world_size": world_size}
+    settings = {**asdict(cfg), "teachers": taught_by, "prompts_digest": world.prompts_digest,
+                "world_size": world_size}
     saved = resume(folder / "state.pt", settings, model.fingerprint)
     first = restore(saved, net, opt)
     autocast = dist.autocast(device)
@@ -187,13 +204,13 @@ def main(cfg):
     rng = np.random.default_rng((cfg.seed, 1))
     tasks = [pattern[i % len(pattern)] for i in range(cfg.samples)]
     prompts = [world.draw_prompt(rng, task, "train") for task in tasks]
-    model.text.prepare([prompt["prompt"] for prompt in prompts], rank, world_size)
+    model.text.prepare([prompt["prompt"] for prompt in prompts], *dist.local())
     dist.barrier()
 
     def draw():
         return draw_pictures(cfg, model, teachers, prompts, rank, world_size, device)
 
-    latents = pictures(cfg, folder / "samples.pt", settings, rank, draw)
+    latents = pictures(folder / "samples.pt", settings, rank, draw)
     dist.barrier()
 
     for it in tqdm(range(first, cfg.iters), initial=first, total=cfg.iters, disable=rank > 0):
@@ -202,7 +219,7 @@ def main(cfg):
         rng = np.random.default_rng((cfg.seed, 2, it))
         picked = rng.integers(cfg.samples, size=cfg.batch)
         drop = rng.random(cfg.batch) < cfg.drop
-        t = torch.tensor(rng.standard_normal(cfg.batch), dtype=torch.float32).sigmoid()
+        t = draw_times(rng, cfg.batch, cfg.times)
         asked = ["" if drop[i] else prompts[picked[i]]["prompt"] for i in range(cfg.batch)]
         mine = torch.arange(cfg.batch).chunk(world_size)[rank]
 

@@ -22,6 +22,5 @@ quality teacher of all tasks), and one of two things:
     a whole:    "net"                       an MMDiT of the base's shape
 
 formats.py reads and writes the forms, cold_start.py merges teachers into a student, teachers.py
-prepares a run's teachers, state.py keeps what a stopped run needs to go on, and
-`python -m checkpoints` converts.
+prepares a run's teachers, and `python -m checkpoints` converts.
 """

@@ -36,9 +36,9 @@ class Config:
     out: str = ""
     # The base: a file, SD3.5's folder, or its name on the hub.
     model: str = "ckpt/tiny.safetensors"
-    # The task of a checkpoint in a form that does not know it (with --to pt).
+    # The task of a checkpoint in a form that does not know it (kept by --to pt and merged).
     task: str = ""
-    # Mark it as the quality teacher of all tasks (with --to pt).
+    # Mark it as the quality teacher of all tasks (with --to pt or merged).
     anchor: bool = False
 
 
@@ -47,7 +47,10 @@ def write_merged(cfg, ckpt, net, file):
         weights = ckpt["net"].state_dict()
     else:
         weights = merged_weights(net, ckpt)
-    save_whole(cfg.out, weights, file, task=ckpt["task"])
+    marks = {"anchor": cfg.anchor or ckpt["anchor"]}
+    if ckpt["task"]:
+        marks["task"] = ckpt["task"]
+    save_whole(cfg.out, weights, file, **marks)
 
 
 def write_pt(cfg, ckpt, net):
@@ -62,7 +65,10 @@ def main(cfg):
     if not cfg.out or not cfg.ckpt:
         raise ValueError("expected a checkpoint and where to write: "
                          "python -m checkpoints CKPT --to peft --out DIR")
-    file = find(cfg.model)
+    if cfg.anchor and cfg.to in ("peft", "diffusers"):
+        raise ValueError(f"--anchor --to {cfg.to}: this form cannot hold the mark; expected "
+                         "--to pt or merged")
+    file = find(cfg.model, text_encoders=False)
     net = load_mmdit(file, dtype=None)
     ckpt = read(cfg.ckpt, net, cfg.task)
     if cfg.to == "merged":

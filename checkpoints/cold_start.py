@@ -39,11 +39,11 @@ def merge_adapters(adapters):
 
 
 def truncate_adapter(adapter, r, alpha):
-    """The adapter of rank r with the update closest to another's, in the least squares sense.
+    """The adapter of rank r whose update is closest in least squares.
 
     Its update is the first r terms of the SVD of scale B A. Each factor takes the root of the
-    singular values. With B = Q_B R_B and A^T = Q_A R_A, B A is Q_B (R_B R_A^T) Q_A^T. So the SVD
-    is of a matrix as small as the rank.
+    singular values. With B = Q_B R_B and A^T = Q_A R_A, B A is Q_B (R_B R_A^T) Q_A^T. This QR keeps
+    the SVD as small as the rank.
     """
     old = adapter["tensors"]
     scale = adapter["alpha"] / adapter["r"]
@@ -79,7 +79,7 @@ def merge_factors(adapters):
 
 @torch.no_grad()
 def average_weights(net, base, teachers):
-    """Make net, a copy of base, the mean of the teachers' whole weights.
+    """net starts as a copy of base. Its weights become the mean of the teachers' weights.
 
     The weights of a teacher are its own (a whole transformer), or W + scale B A (an adapter).
     """

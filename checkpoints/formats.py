@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model import PREFIX, load_mmdit
+from model import load_mmdit, part_prefix
 from plumbing.files import (
     check_shapes,
     open_tensors,
@@ -23,13 +23,16 @@ from plumbing.state import weights
 
 # ------------------------------------------------------------------ our own form
 
-# What each of our files holds. r is the rank, and alpha / r scales the product B A.
-FIELDS = {"task": str, "anchor": bool, "base": str, "r": int, "alpha": (int, float),
-          "tensors": dict, "settings": dict}
+# What each of our files holds, and of which types. r is the rank; alpha / r scales B A.
+FIELDS = {"task": (str,), "anchor": (bool,), "base": (str,), "r": (int,), "alpha": (int, float),
+          "tensors": (dict,), "settings": (dict,)}
 
 
 def save_adapter(path, rank=0, **fields):
-    """Write a teacher or a student: FIELDS and any more. Only rank 0 writes. Returns the path."""
+    """Write an adapter. fields has every key of FIELDS and may have more.
+
+    Rank 0 writes; all get the path.
+    """
     assert set(FIELDS) <= set(fields), f"an adapter has {', '.join(FIELDS)}"
     if rank == 0:
         write_pt(path, fields)
@@ -42,10 +45,11 @@ def read_adapter(path, base):
     ValueError if it is something else, or if it belongs to another base. base: a fingerprint.
     """
     adapter = read_pt(path, FIELDS)
-    for key, kind in FIELDS.items():
-        if not isinstance(adapter[key], kind):
+    for key, types in FIELDS.items():
+        if not isinstance(adapter[key], types):
             got = type(adapter[key]).__name__
-            raise ValueError(f"{path}: '{key}' is a {got}, expected {kind}")
+            expected = " or ".join(one.__name__ for one in types)
+            raise ValueError(f"{path}: '{key}' is of type {got}, expected {expected}")
     check_finite(adapter["tensors"], path)
     if adapter["base"] != base:
         raise ValueError(f"{path}: is an adapter of base {adapter['base']}, but --model has "
@@ -54,6 +58,7 @@ def read_adapter(path, base):
 
 
 def check_finite(tensors, path):
+    """ValueError names the first of {name: tensor} that is no tensor of finite numbers."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.isfinite().all():
             raise ValueError(f"{path}: '{name}' is not a tensor of finite numbers")
@@ -61,7 +66,7 @@ def check_finite(tensors, path):
 
 # ------------------------------------------------------------------ the names in diffusers
 
-# A layer here -> the modules that it is there.
+# Our layer name -> the names of the same modules in diffusers.
 THEIRS = {
     "x_block.attn.qkv": ("to_q", "to_k", "to_v"),
     "x_block.attn.proj": ("to_out.0",),
@@ -115,7 +120,7 @@ def from_diffusers(theirs, net, r, path):
 
 
 def read_tensors(path):
-    """A safetensors file -> {name: tensor}, which is mapped and not read, and its metadata."""
+    """A safetensors file -> {name: tensor} and its metadata. The tensors are memory-mapped."""
     with open_tensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         return tensors, file.metadata() or {}
@@ -128,16 +133,16 @@ def drop_prefix(prefix, named):
 # ------------------------------------------------------------------ PEFT's folder
 
 PEFT_PREFIX = "base_model.model."
-# The product B A does not depend on these keys of a PEFT config, or they are read here.
+# These PEFT keys are harmless. Either B A does not depend on them, or the code below reads them.
 NEUTRAL = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode",
     "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "lora_dropout",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "megatron_core", "qalora_group_size", "ensure_weight_tying",
 }
-# Every other key must be off, ...
+# Every other key must have one of these values.
 OFF = (None, False, "none", {}, [])
-# ... or, for init_lora_weights, start a plain adapter on unchanged weights.
+# init_lora_weights may also have these: they leave the base weights unchanged.
 PLAIN_STARTS = (True, "gaussian", "orthogonal")
 
 
@@ -164,7 +169,7 @@ def read_peft_config(file):
 
 
 def alpha_of(config, r):
-    """The alpha of a PEFT config for our scale, alpha / r; without one it is r.
+    """alpha in our convention, where the scale is alpha / r. If the config has no alpha, it is r.
 
     rsLoRA's scale is alpha / sqrt(r).
     """
@@ -214,7 +219,7 @@ def write_peft(folder, adapter, base_name):
 # ------------------------------------------------------------------ the single file of diffusers
 
 DIFFUSERS_PREFIX = "transformer."
-# Keys of the config in its metadata that must be off.
+# These keys of the file's adapter config change the result. They must be absent or empty.
 UNREAD = ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias")
 
 
@@ -232,6 +237,16 @@ def write_diffusers(path, adapter):
     write_tensors(path, theirs, {"format": "pt"})
 
 
+def config_in(metadata, path):
+    """The adapter's config in a file's metadata, or {} if there is none."""
+    text = metadata.get("lora_adapter_metadata", "{}")
+    try:
+        return drop_prefix(DIFFUSERS_PREFIX, json.loads(text))
+    except (json.JSONDecodeError, AttributeError):
+        raise ValueError(f"{path}: its lora_adapter_metadata is {text[:80]!r}, expected a JSON "
+                         "object") from None
+
+
 def read_diffusers(path, net):
     """Such a file -> {"tensors", "r", "alpha"}.
 
@@ -239,8 +254,7 @@ def read_diffusers(path, net):
     """
     theirs, metadata = read_tensors(path)
     theirs = drop_prefix(DIFFUSERS_PREFIX, theirs)
-    config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    config = drop_prefix(DIFFUSERS_PREFIX, config)
+    config = config_in(metadata, path)
     factors = (".lora_A.weight", ".lora_B.weight")
     odd = [name for name in theirs if not name.endswith(factors)]
     odd += [key for key in UNREAD if config.get(key)]
@@ -275,14 +289,14 @@ def merged_weights(net, adapter):
 def save_whole(path, changed, source, rank=0, **metadata):
     """Write a copy of a model's file in which some of the transformer's tensors are changed.
 
-    source: the file, whatever else is in it. changed: {name: tensor}; they are written in the
-    file's dtype. metadata is added to the file's own. Only rank 0 writes. Returns the path.
+    source: the model's file. Its other networks are copied unchanged. changed: {name: tensor}; they
+    are written in the file's dtype. metadata is added to the file's own. Rank 0 writes; all get
+    the path.
     """
     if rank > 0:
         return Path(path)
     tensors, known = read_tensors(source)
-    inside = any(name.startswith(PREFIX["mmdit"]) for name in tensors)
-    prefix = PREFIX["mmdit"] if inside else ""
+    prefix = part_prefix(tensors, "mmdit")
     for name, tensor in changed.items():
         dtype = tensors[prefix + name].dtype
         tensors[prefix + name] = tensor.to("cpu", dtype).contiguous()
@@ -298,16 +312,16 @@ def read_whole(path, metadata, net, task):
     if whole.cfg != net.cfg:
         raise ValueError(f"{path}: is a transformer of another shape ({whole.cfg}), "
                          f"expected that of --model ({net.cfg})")
-    check_task(task, metadata.get("task", task), path)
-    return {"task": task or metadata.get("task", ""), "anchor": metadata.get("anchor") == "True",
-            "net": whole}
+    trained_on = metadata.get("task") or task
+    check_task(task, trained_on, path)
+    return {"task": trained_on, "anchor": metadata.get("anchor") == "True", "net": whole}
 
 
 # ------------------------------------------------------------------ what a script has trained
 
 
 def save_trained(path, net, adapter, model, rank, **fields):
-    """Write what has learnt, of a teacher or a student: an adapter or a whole transformer.
+    """Write what was trained: an adapter, or a whole transformer.
 
     path: FILE.pt; a whole is written to FILE.safetensors beside it. adapter: its name in net, or
     None for a whole. model: the worlds.Model that it started from. fields: the rest of FIELDS; a

@@ -1,4 +1,6 @@
 """The teachers of a run: read, checked as a set, and attached to the network."""
+from torch import nn
+
 from checkpoints.formats import read, split_label
 from plumbing.files import fingerprint
 
@@ -6,7 +8,7 @@ from plumbing.files import fingerprint
 def read_teachers(specs, net, tasks):
     """{task: teacher} of --teachers. ValueError if a file or the set of them will not do.
 
-    specs: "PATH" or "TASK=PATH" each; net: the base; tasks: those to which prompts can be routed.
+    specs: "PATH" or "TASK=PATH" each; net: the base; tasks: those that prompts can be routed to.
     """
     if not specs:
         raise ValueError("--teachers: got none, expected adapters written by train_grpo.py, "
@@ -21,6 +23,10 @@ def read_teachers(specs, net, tasks):
             hint = "" if task else "; say TASK=PATH"
             raise ValueError(f"{spec}: is trained on '{task}', expected one of "
                              f"{', '.join(tasks)}, to which prompts can be routed{hint}")
+        # An adapter has the name of its task, in a ParameterDict beside the student's.
+        if "." in task or task == "student" or hasattr(nn.ParameterDict(), task):
+            raise ValueError(f"{spec}: '{task}' cannot be the name of an adapter; expected a task "
+                             "of another name, without a dot")
         if task in teachers:
             raise ValueError(f"{path}: is a second teacher of '{task}', after {paths[task]}; "
                              "a prompt is routed to one")

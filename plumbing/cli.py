@@ -132,11 +132,14 @@ def positive(cfg, *names):
 
 def check_rollout(cfg, world_size):
     """ValueError unless the options of a rollout fit each other. For both training stages."""
-    unit = cfg.group * world_size * cfg.updates
-    if cfg.batch % unit:
-        raise ValueError(f"--batch {cfg.batch} with --group {cfg.group}, {world_size} rank(s) and "
-                         f"--updates {cfg.updates}: groups are never split, so the batch must be "
-                         f"a multiple of {unit}")
+    if cfg.batch % cfg.group:
+        raise ValueError(f"--batch {cfg.batch} --group {cfg.group}: expected whole groups, so a "
+                         f"batch that is a multiple of {cfg.group}")
+    parts = world_size * cfg.updates
+    if cfg.batch % parts:
+        raise ValueError(f"--batch {cfg.batch} with {world_size} rank(s) and --updates "
+                         f"{cfg.updates}: every rank has equally many images in every update, so "
+                         f"the batch must be a multiple of {parts}")
     ode = cfg.rollout == "ode"
     ordered = len(cfg.noisy) == 2 and 0 <= cfg.noisy[0] < cfg.noisy[1] <= cfg.steps
     if not ode and not ordered:

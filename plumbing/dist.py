@@ -80,6 +80,30 @@ def gather(x):
     return torch.cat(parts)
 
 
+def gather_batch(x, batch, updates):
+    """gather, with the rows in the order of the whole batch: those of share() put back."""
+    everyone = gather(x)
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    order = [i for rank in range(world_size) for i in share(batch, updates, rank, world_size)]
+    out = torch.empty_like(everyone)
+    out[torch.tensor(order, device=x.device)] = everyone
+    return out
+
+
+def local():
+    """This rank's number on its own machine, and how many ranks run there."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def gather_objects(x):
+    """[x of rank 0, x of rank 1, ...], for small things that are no tensors."""
+    if not dist.is_initialized():
+        return [x]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, x)
+    return found
+
+
 def barrier():
     """Wait for all ranks."""
     if dist.is_initialized():
@@ -87,9 +111,9 @@ def barrier():
 
 
 def share(batch, updates, rank, world_size):
-    """The indices of this rank's images: its part of the first minibatch, of the second, ...
+    """This rank's image indices, minibatch by minibatch.
 
-    So minibatch u holds the same images however many ranks there are.
+    Minibatch u holds the same images for any number of ranks.
     """
     return torch.arange(batch).view(updates, world_size, -1)[:, rank].flatten().tolist()
 
@@ -143,9 +167,9 @@ def check_finite(grad_norm, it):
 
 
 def compile_blocks(net):
-    """torch.compile block by block, in place: names stay, and equal blocks are compiled once.
+    """Compile each block in place, so that names stay the same. Equal blocks are compiled once.
 
-    The first step then takes 20 seconds to minutes longer.
+    The first step takes 20 seconds to minutes longer.
     """
     # One graph for each kind of block, of adapter (none, a name, a Route) and of grad mode.
     torch._dynamo.config.recompile_limit = 64

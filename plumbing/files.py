@@ -18,13 +18,16 @@ def atomic(path):
     """Gives a temporary path to write to, and renames it to path when the block ends well.
 
     The data is on the disk before the rename, so path is the old file or the new one, never half
-    of one.
+    of one. It has the mode that open() gives a new file (safetensors alone would make it 600).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        tmp.touch()
+        mode = tmp.stat().st_mode       # asking for the umask would not be safe in a thread
         yield tmp
+        tmp.chmod(mode)
         with open(tmp, "rb") as file:
             os.fsync(file.fileno())
         os.replace(tmp, path)
@@ -34,7 +37,8 @@ def atomic(path):
 
 def write_pt(path, obj):
     """Write plain tensors and containers by torch.save."""
-    with atomic(path) as tmp, open(tmp, "wb") as file:   # by name, the name would be in the file
+    # torch.save stores the name of a path in the file. An open file has no such name.
+    with atomic(path) as tmp, open(tmp, "wb") as file:
         torch.save(obj, file)
 
 
@@ -62,7 +66,8 @@ def read_pt(path, keys=()):
 
     Raises ValueError if the file is missing, is damaged, holds code, or lacks a key.
     """
-    mmap = zipfile.is_zipfile(path)                     # torch's form before 1.6 cannot be mapped
+    # Files from torch before 1.6 are not zip files and cannot be memory-mapped.
+    mmap = zipfile.is_zipfile(path)
     try:
         obj = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:

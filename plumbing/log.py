@@ -1,4 +1,7 @@
-"""The log of a run: one line an iteration on the screen, and the same in DIR/log.jsonl."""
+"""The log of a run.
+
+Each iteration is one line on the screen and one in DIR/log.jsonl, rounded differently.
+"""
 import json
 from pathlib import Path
 
@@ -31,8 +34,7 @@ class Log:
         self.on = rank == 0
         if not self.on:
             return
-        # A resumed run forgets the lines after the state that it goes on from, so that no
-        # iteration stands there twice.
+        # A resumed run drops later log lines. So no iteration appears twice.
         lines = []
         if resume_at and self.path.exists():
             lines = self.path.read_text().splitlines()

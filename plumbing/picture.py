@@ -4,7 +4,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 RIGHT = 0.9                          # a score of at least this counts as right
 GREEN, RED = (30, 150, 60), (205, 40, 40)
-LEFT, TOP, GAP, LINE = 330, 24, 12, 16          # pixels: prompts, labels, between, scores
+# In pixels: the prompt column, the label row, the gap between tiles, the score line.
+LEFT, TOP, GAP, LINE = 330, 24, 12, 16
 
 
 def to_bytes(image):
@@ -13,10 +14,10 @@ def to_bytes(image):
 
 
 def choose_rows(shown, rows):
-    """The prompts of the picture: the first of each task on which the models disagree.
+    """For each task, the first prompts on which models disagree.
 
-    shown: {label: {task: [(prompt, image, score)]}}. Returns [(task, index)]. Where a task has too
-    few of those, its first other prompts follow.
+    Prompts on which they agree fill the rest. shown: {label: {task: [(prompt, image, score)]}}.
+    Returns [(task, index)].
     """
     some = next(iter(shown.values()))
     chosen = []

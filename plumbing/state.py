@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch.distributed.checkpoint import state_dict as dcp
 
-from plumbing.files import read_pt, write_pt
+from plumbing import dist
+from plumbing.files import check_shapes, read_pt, shapes_of, write_pt
 
 # Whole tensors on the CPU of rank 0, however the ranks share them.
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -15,14 +16,21 @@ WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_froz
 # Options that a resumed run may change: they decide how it computes, not what.
 FREE = {"save_every", "keep", "device", "micro", "compile", "checkpointing", "offload",
         "world_size"}
+# But the objective "released" averages over the images of one forward pass.
+PART_OF_RELEASED = {"micro", "world_size"}
+
+
+def learning(net):
+    """{name: parameter} of all that learns in a net."""
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
 
 def weights(net):
-    """{name: tensor} of all that learns in a net, whole and on the CPU, be it sharded or not.
+    """The trainable tensors of a net, whole and on the CPU. A sharded net is gathered first.
 
-    Every rank has to call it; rank 0 gets the tensors.
+    Every rank has to call it; rank 0 gets {name: tensor}.
     """
-    learns = {name for name, p in net.named_parameters() if p.requires_grad}
+    learns = learning(net)
     tensors = dcp.get_model_state_dict(net, options=WHOLE)
     return {name: tensor for name, tensor in tensors.items() if name in learns}
 
@@ -42,11 +50,13 @@ def save_state(path, net, opt, rank, **fields):
 def restore(state, net, opt):
     """Put the weights and the optimiser's state back, on every rank.
 
-    state: what resume gave; it is emptied, since with --full it is 30 GB. Returns the number of
-    iterations that are done, 0 if state is None.
+    state: the result of resume. It is emptied here, because it takes 30 GB with --full. Returns the
+    number of iterations that are done, 0 if state is None.
     """
     if state is None:
         return 0
+    check_shapes(shapes_of(learning(net)), shapes_of(state["weights"]), state["path"])
+    # Not strict, because what is frozen is not in a state.
     partial = dcp.StateDictOptions(full_state_dict=True, strict=False)
     dcp.set_model_state_dict(net, state["weights"], options=partial)
     full = dcp.StateDictOptions(full_state_dict=True)
@@ -54,30 +64,44 @@ def restore(state, net, opt):
     done = state["iter"]
     state.clear()
     return done
-    done = state["iter"]
-    state.clear()
-    return done
+
+
+def check_ranks_agree(path, done):
+    """ValueError, on every rank, unless all resume after the same iteration. done: this rank's."""
+    first, *others = dist.gather_objects(done)
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            raise ValueError(f"{path}: rank 0 resumes at iteration {first}, rank {rank} at "
+                             f"{other}; expected {Path(path).parent} on a disk that all nodes see")
 
 
 def resume(path, settings, base, free=()):
-    """The state of a stopped run, or None if there is none.
+    """The state of a stopped run, or None if there is none. Every rank has to call it.
 
-    ValueError if it was made with another base (a fingerprint) or other settings. FREE and `free`
-    name those that may differ.
+    ValueError if it was made with another base (a fingerprint) or other settings, or if the ranks
+    find different ones. FREE and `free` name the settings that may differ.
     """
-    if not Path(path).exists():
+    state = None
+    done = 0
+    if Path(path).exists():
+        state = read_pt(path, ["iter", "settings", "base"])
+        done = state["iter"]
+    check_ranks_agree(path, done)
+    if state is None:
         return None
-    state = read_pt(path, ["iter", "settings", "base"])
     old = state["settings"]
-    fixed = [name for name in settings if name not in FREE and name not in free]
+    free = FREE.union(free)
+    if settings.get("objective") == "released":
+        free -= PART_OF_RELEASED
+    fixed = [name for name in settings if name not in free]
     changed = [name for name in fixed if settings[name] != old.get(name)]
-    if base != state["base"]:
+    if base != state["base"] and "model" not in changed:
         changed.append("model")
     if changed:
-        raise ValueError(f"{path}: holds a run with another {', '.join(changed)}; "
-                         f"give --name NEW, or delete {Path(path).parent} to start over")
-    done = state["iter"]
+        raise ValueError(f"{path}: holds a run with another {', '.join(changed)}; give this run "
+                         f"another name, or delete {Path(path).parent} to start over")
     if done > settings.get("iters", done):
         raise ValueError(f"{path}: holds a run of {done} iterations, more than --iters "
-                         f"{settings['iters']}; give --name NEW to make a shorter one")
+                         f"{settings['iters']}; give a shorter run another name")
+    state["path"] = path
     return state

@@ -92,14 +92,30 @@ def read_prompts(path, spec, world):
     return read_file(path, task, world.check_meta)
 
 
-def pair(cfg, metas):
-    """[(image file, its prompt), ...], in the order of the prompts."""
+def pair(cfg, metas, prompts):
+    """[(image file, its prompt), ...], in the order of metas, the prompts of the file prompts."""
     files = find_images(cfg.images)
     if not files or len(files) % len(metas):
         raise ValueError(f"{cfg.images}: has {len(files)} images for the {len(metas)} prompts of "
-                         f"{cfg.prompts}; expected as many, or a whole multiple")
+                         f"{prompts}; expected as many, or a whole multiple")
     each = len(files) // len(metas)
     return [(file, metas[i // each]) for i, file in enumerate(files)]
+
+
+def check_beside(cfg, pairs):
+    """ValueError if a prompts.txt that eval.py left beside the folder of images says otherwise."""
+    folder = Path(cfg.images).resolve()
+    if folder.name == "samples":                         # eval.py --layout compbench
+        folder = folder.parent
+    beside = folder.parent / "prompts.txt"
+    if not beside.is_file():
+        return
+    drawn = pair(cfg, read_file(beside, "prompt"), beside)
+    for (file, meta), (_, other) in zip(pairs, drawn):
+        if meta["prompt"].strip() != other["prompt"]:
+            raise ValueError(f"{cfg.prompts}: has {meta['prompt']!r} for {file.name}, but "
+                             f"{beside} says {other['prompt']!r}; give that file, or move it "
+                             "away if it is not of these images")
 
 
 # ------------------------------------------------------------------ lines of the output
@@ -176,7 +192,8 @@ def main(cfg):
     cli.positive(cfg, "batch")
     spec = parse_reward(cfg.name)
     world = world_class(cfg.world)()
-    pairs = pair(cfg, read_prompts(cfg.prompts, spec, world))
+    pairs = pair(cfg, read_prompts(cfg.prompts, spec, world), cfg.prompts)
+    check_beside(cfg, pairs)
     _, _, device = dist.setup(cfg.device)
 
     out = Path(cfg.out or Path(cfg.images) / f"{cfg.name}.jsonl")

@@ -15,8 +15,3 @@ def jpeg_incompressibility(images, prompts=None):
         Image.fromarray(array).save(buffer, format="JPEG", quality=95)
         sizes.append(buffer.tell() / 1000)
     return torch.tensor(sizes, dtype=torch.float32)
-
-
-def jpeg_compressibility(images, prompts=None):
-    """Minus jpeg_incompressibility."""
-    return -jpeg_incompressibility(images)

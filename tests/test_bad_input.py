@@ -33,7 +33,7 @@ REFUSED = [
     (dict(keep=-1), "--keep -1: expected a finite number"),
     (dict(seed=-1), "--seed -1: expected a finite number"),
     (dict(extrapolate=math.inf), "--extrapolate inf: expected a finite number"),
-    (dict(rollout="cps", noisy=[0, 3], supervised=[0, 4]), "its last step has no noise"),
+    (dict(rollout="cps", noisy=[0, 2], supervised=[0, 4]), "its last step has no noise"),
     (dict(blend=1.0), "0 <= blend < 1"),
     (dict(supervised=[3, 9]), "--supervised .*expected FROM TO"),
     (dict(init="truncate", lora_r=99), "the exact merge has rank 12"),
@@ -92,7 +92,7 @@ OPD_BAD = [
     (GOOD, "0 of the teachers are marked as the anchor"),
     (dict(**GOOD, anchor="quality"), "--anchor quality: expected the task of a teacher"),
     (dict(**ALONE, ratio=["dance=3"]), "--ratio dance=3"),
-    (dict(**ALONE, group=3), "--batch 8 with --group 3"),
+    (dict(**ALONE, group=3), "--batch 8 --group 3: expected whole groups"),
     (dict(**GOOD, lam=-1.0), "--lam -1.0"),
     (dict(**ALONE, anchor="ocr"), "--anchor ocr: .*--lam > 0"),
     (dict(**GOOD, lora_r=4), "are for an adapter from --init none"),
@@ -113,7 +113,7 @@ GRPO_BAD = [
     (dict(tasks=["ocr"], a=0.0), "--a 0.0: expected a finite number greater than 0"),
     (dict(tasks=["ocr"], ratio=["ocr=1", "quality=2"]), "--ratio quality=2"),
     (dict(tasks=["ocr", "quality"], ratio=["ocr=1"]), "--ratio ocr=1: .*number for each of ocr"),
-    (dict(tasks=["ocr"], group=3), "--batch 8 with --group 3"),
+    (dict(tasks=["ocr"], group=3), "--batch 8 --group 3: expected whole groups"),
     (dict(tasks=["ocr"], group=1), "at least 2"),
     (dict(tasks=["ocr"], noisy=[0, 4], rollout="cps"), "last CPS step"),
     (dict(tasks=["ocr"], device="abacus"), "--device abacus"),
@@ -124,6 +124,10 @@ EVAL_BAD = [
     (dict(ckpts=[]), "--ckpts: got none"),
     (dict(ckpts=["base"], rows=2), "--rows 2"),
     (dict(ckpts=["base"], per_task=3, rows=3), "--per-task 3"),
+    (dict(score=["ocr"]), "--score ocr: expected TASK=REWARD, each task once"),
+    (dict(score=["dance=ocr"]), "--score dance=ocr: .*tasks are geneval, ocr, quality"),
+    (dict(score=["ocr=beauty"]), "--score ocr=beauty: .*rewards geneval, geneval_strict"),
+    (dict(score=["ocr=ocr", "ocr=quality"]), "--score ocr=quality: .*each task once"),
 ]
 DEFAULTS = {train_opd: OPD, train_grpo: GRPO, evaluation: dict(model=BASE)}
 TABLES = {train_opd: OPD_BAD, train_grpo: GRPO_BAD, evaluation: EVAL_BAD}

@@ -8,7 +8,9 @@ from PIL import Image
 from tiny_runs import BASE, expect_success, torchrun
 
 import eval as evaluation
+import sampler
 from worlds.prompts import TAGS
+from worlds.tiny import Tiny
 
 
 def test_eval_writes_table_json_and_picture_and_equal_models_score_equal(here, teachers):
@@ -54,3 +56,75 @@ def test_average_is_of_scores_on_the_papers_scale():
     got = evaluation.summarise(scores, metas, World)
     assert got["pickscore"][0] == 19.5
     assert got["average"][0] == pytest.approx((0.75 + 0.9 + 0.5) / 3)
+
+
+def test_a_folder_of_prompts_is_scored_by_the_reward_that_is_named(here):
+    (here / "test.txt").write_text("a red circle\na blue square\n")
+    options = dict(model=BASE, prompts=["mine=."], per_task=12, steps=1, rows=3, also=[],
+                   out="e", device="cpu")
+    with pytest.raises(ValueError, match="mine: has no score of its own; .*--score mine=REWARD"):
+        evaluation.main(evaluation.Config(**options))
+    evaluation.main(evaluation.Config(**options, tasks=["mine", "ocr"], score=["mine=quality"]))
+    numbers = json.loads(Path("e.json").read_text())
+    table = numbers["table: mean, standard error, n"]["base"]
+    scores = numbers["all scores: mean, standard error"]["base"]
+    assert scores.keys() == {"quality on mine", "ocr on ocr"}
+    assert table["mine"][0] == scores["quality on mine"][0]
+
+
+# ------------------------------------------------------------------ pictures in a folder
+
+
+def draw(*prompts, **options):
+    evaluation.main(evaluation.Config(model=BASE, prompt=list(prompts), steps=1, device="cpu",
+                                      out="pictures", **options))
+
+
+def contents(folder):
+    return {str(path): path.read_bytes() for path in sorted(Path(folder).rglob("*.png"))}
+
+
+@pytest.mark.parametrize("layout", ["numbers", "compbench"])
+def test_the_same_pictures_are_drawn_again_and_other_prompts_are_refused(here, monkeypatch, layout):
+    for _ in range(2):
+        draw("a red circle", "a blue square", layout=layout)
+    before = contents("pictures")
+    assert len(before) == 2
+    monkeypatch.setattr(Tiny, "load", lambda *args: pytest.fail("loaded first"))
+    for prompts in (["a red circle"], ["a red circle", "a red square"],
+                    ["a blue square", "a red circle"]):
+        for label in ("base", "student=base"):
+            with pytest.raises(ValueError, match=r"^--out pictures: holds pictures/base/[^\n]*, "
+                                                 r"[^\n]*give --out NEW, or delete [^\n]*base$"):
+                draw(*prompts, layout=layout, ckpts=[label])
+    assert contents("pictures") == before
+    assert Path("pictures/prompts.txt").read_text() == "a red circle\na blue square\n"
+
+
+def test_pictures_that_are_not_asked_for_are_refused(here):
+    draw("a red circle")
+    picture = Path("pictures/base/0000.png")
+    picture.with_name("0001.png").write_bytes(picture.read_bytes())
+    with pytest.raises(ValueError, match="holds pictures/base/0001.png, a picture of other"):
+        draw("a red circle")
+    picture.with_name("0001.png").unlink()
+    draw("a red circle", ckpts=["student=base"])
+    Path("pictures/prompts.txt").unlink()
+    with pytest.raises(ValueError, match="holds pictures/base/0000.png"):
+        draw("a red circle")
+
+
+def test_drawing_that_was_stopped_may_be_given_again(here, monkeypatch):
+    def stopped(*args):
+        if Path("pictures/base/0000.png").exists():
+            raise KeyboardInterrupt
+        return sampler.sample(*args)
+
+    prompts = ["a red circle", "a blue square"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "sample", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            draw(*prompts, batch=1)
+    assert len(contents("pictures")) == 1
+    draw(*prompts, batch=1)
+    assert len(contents("pictures")) == 2

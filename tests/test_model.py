@@ -252,8 +252,8 @@ def test_position_table_is_cropped_about_its_centre(side, h, w):
 
 def test_image_larger_than_the_position_table_is_refused():
     net = random_net(TINY)
-    message = "3 x 9 patches, but the position table holds 8 x 8"
-    with pytest.raises(AssertionError, match=message):
+    message = "^latents of 3 x 9 patches: the position table holds 8 x 8; expected no more$"
+    with pytest.raises(ValueError, match=message):
         net(*inputs(TINY, h=6, w=18))
 
 

@@ -284,7 +284,7 @@ def test_each_state_gets_the_advantage_of_its_own_image_and_step():
     """Whatever the pieces are that the batch was cut into, and in whatever order."""
     B = 6
     theta = theta_s()
-    cfg = SimpleNamespace(step_reward="sampled", credit="future", group=3)
+    cfg = SimpleNamespace(step_reward="sampled", credit="future", group=3, batch=B, updates=1)
     states = path(B, theta, torch.Generator().manual_seed(4))
     reward = torch.stack([step_reward(s, "sampled") for s in states], 1)
     expected = credited(reward, cfg.group, "future")
@@ -297,7 +297,7 @@ def test_each_state_gets_the_advantage_of_its_own_image_and_step():
             for name in ("x", "x_next", "v_old", "v_target"):    # rollouts are in float32
                 setattr(piece, name, getattr(s, name)[rows].float())
             pieces.append(piece)
-    train_opd.credit_steps(pieces[::-1], (B, K), cfg)
+    train_opd.credit_steps(pieces[::-1], range(B), K, cfg)
     for piece in pieces:
         want = expected[piece.images, piece.slot].float()
         torch.testing.assert_close(piece.adv, want, rtol=1e-4, atol=1e-5)

@@ -1,9 +1,15 @@
 """Facts about ranks and stopped runs: more of either changes nothing."""
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import (
     BASE,
+    ROOT,
     distance,
     expect_success,
     grpo,
@@ -62,17 +68,25 @@ def compare_weights():
     assert apart < 1e-3 ** 2 * moved
 
 
-GRPO_ARGS = ["--tasks", "ocr", "quality", "--batch", "16", "--group", "4", "--updates", "2"]
+GRPO_ARGS = ["--tasks", "ocr", "quality", "--batch", "16", "--group", "4", "--updates", "2",
+             "--mix", "batch"]
 OPD_ARGS = ["--batch", "16", "--group", "2", "--updates", "2"]
 FULL = ["--full", "--lr", "1e-4"]
+# Groups of 6 on two ranks of 3 images an update: each group lies on both.
+SPANNING = ["--tasks", "ocr", "--batch", "12", "--group", "6", "--updates", "2", "--lora-r", "4"]
+SPANNING_PG = ["--batch", "12", "--group", "6", "--updates", "2", "--objective", "pg",
+               "--step-reward", "sampled", "--credit", "future", "--clip", "1"]
 
 
 @pytest.mark.parametrize("script, args, result", [
     ("train_grpo.py", [*GRPO_ARGS, "--lora-r", "4"], "adapter.pt"),
+    ("train_grpo.py", SPANNING, "adapter.pt"),
     ("train_opd.py", OPD_ARGS, "student.pt"),
+    ("train_opd.py", [*SPANNING_PG, "--lam", "0"], "student.pt"),
     ("train_grpo.py", [*GRPO_ARGS, *FULL], "adapter.safetensors"),
     ("train_opd.py", [*OPD_ARGS, *FULL, "--checkpointing"], "student.safetensors"),
-], ids=["grpo", "opd", "grpo-full-sharded", "opd-full-sharded"])
+], ids=["grpo", "grpo-groups-span-ranks", "opd", "opd-pg-groups-span-ranks",
+        "grpo-full-sharded", "opd-full-sharded"])
 def test_two_ranks_equal_one_rank_with_the_whole_batch(here, teachers, script, args, result):
     args = [*SMALL, "--iters", "2", "--noisy", "0", "3", *args]
     if script == "train_opd.py":
@@ -81,13 +95,38 @@ def test_two_ranks_equal_one_rank_with_the_whole_batch(here, teachers, script, a
         expect_success(torchrun(ranks, script, *args, "--name", f"ranks{ranks}"))
     one = log("ranks1")
     two = log("ranks2")
-    for key in set(one[1]) - {"s/it", "images/s", "ratio_err", "clip_frac"}:
+    for key in set(one[0]) - {"s/it", "images/s", "ratio_err", "clip_frac"}:
         assert one[0].get(key) == pytest.approx(two[0].get(key), rel=2e-3, abs=1e-6), key
     assert (here / "runs/ranks2" / result).exists()
     if result.endswith(".pt"):
         compare_adapters(result)
     else:
         compare_weights()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("script", ["train_grpo.py", "train_opd.py"])
+def test_two_nodes_of_two_ranks_equal_one_process(here, teachers, script):
+    """Two agents of torchrun on this machine are the two nodes."""
+    args = [*SMALL, "--iters", "2", "--noisy", "0", "3", "--batch", "16", "--group", "8",
+            "--updates", "2"]
+    args += ["--teachers", *teachers] if script == "train_opd.py" else ["--tasks", "ocr"]
+    expect_success(torchrun(1, script, *args, "--name", "ranks1"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2",
+               "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}", "--rdzv_id=two",
+               str(ROOT / script), *args, "--name", "ranks2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    nodes = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+             for _ in range(2)]
+    for node in nodes:
+        _, errors = node.communicate(timeout=300)
+        assert node.returncode == 0, errors[-2000:]
+    compare_adapters("student.pt" if script == "train_opd.py" else "adapter.pt")
 
 
 # ------------------------------------------------------------------ resume

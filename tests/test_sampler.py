@@ -403,7 +403,7 @@ def test_steps_outside_noisy_are_the_odes_and_have_logp_0(net, text, kind):
     times = schedule(K)
     z = noise()
     noisy = range(1, 3)
-    x, logp, vs = make_sampler(kind, noisy).rollout(Policy(net), z, text)
+    x, logp, vs = make_sampler(kind, noisy).rollout(Policy(net), z, text, keep_v=True)
     for k in range(K):
         v = velocity(net, x[:, k], times[k].expand(B), text)
         assert torch.equal(vs[:, k], v.float())
@@ -421,7 +421,7 @@ def test_rollout_states_are_float32_from_the_noise_to_the_sample(net, text):
     def half(*inputs):
         return net(*inputs).bfloat16()
 
-    x, logp, v = make_sampler().rollout(Policy(half), noise(), text)
+    x, logp, v = make_sampler().rollout(Policy(half), noise(), text, keep_v=True)
     assert v.shape == (B, K, *SHAPE) and v.dtype == torch.float32
     assert x.shape == (B, K + 1, *SHAPE) and logp.shape == (B, K)
     assert x.dtype == logp.dtype == torch.float32 and torch.equal(x[:, 0], noise()[:, 0])
@@ -443,7 +443,7 @@ def test_sample_is_the_ode_and_reads_only_the_first_noise(net, text):
 
 @pytest.fixture(scope="module")
 def trajectory(net, text):
-    return make_sampler().rollout(Policy(net, "a"), noise(), text)
+    return make_sampler().rollout(Policy(net, "a"), noise(), text, keep_v=True)
 
 
 STEPS = torch.tensor([[0, 3], [1, 2], [4, 4], [2, 0]])           # (B, S)
@@ -514,7 +514,7 @@ def test_gradient_is_zero_where_the_ratio_is_clipped_and_minus_advantage_elsewhe
     assert logp.grad.tolist() == pytest.approx(expected)
 
 
-def test_ratio_summary_is_of_the_first_update_and_of_all(trajectory):
+def test_ratio_summary_is_of_the_first_update_and_of_the_later_ones(trajectory):
     def minibatch(*ratios):
         states = visited(trajectory, STEPS, torch.arange(B), make_sampler())
         for s, ratio in zip(states, ratios):
@@ -525,4 +525,7 @@ def test_ratio_summary_is_of_the_first_update_and_of_all(trajectory):
     second = minibatch([1, 1.3, 1.2, 0.7], [1, 0.95, 1.05, 1])
     summary = ratio_summary([first, second], 0.1)
     assert summary["ratio_err"] == pytest.approx(0.002, rel=1e-3)
-    assert summary["clip_frac"] == pytest.approx(3 / 16)
+    assert summary["clip_frac"] == pytest.approx(3 / 8), "in the second, where ratios move"
+    assert ratio_summary([second], 0.1)["clip_frac"] == pytest.approx(3 / 8), "one is all there is"
+    second[0].ratio = None
+    assert ratio_summary([first, second], 0.04)["clip_frac"] == pytest.approx(2 / 4)

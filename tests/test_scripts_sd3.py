@@ -251,8 +251,26 @@ def test_evaluation_of_sd3_gives_a_table_of_the_tasks_and_tags_there_are(folder,
 
 def test_a_task_without_a_score_is_not_evaluated(folder, here):
     write_set(here, "test.txt", "a\n")
-    with pytest.raises(ValueError, match="--tasks mine: has no score of its own"):
+    with pytest.raises(ValueError, match="--tasks mine: has no score .* or --score mine=REWARD"):
         evaluate(model=folder, tasks=["mine"], prompts=["mine=set"])
+
+
+def test_evaluation_leaves_out_the_tasks_without_prompts_unless_they_are_named(folder, here, capsys,
+                                                                               monkeypatch):
+    def load(*args):
+        raise ValueError("loaded")
+
+    monkeypatch.setattr(worlds.sd3.SD3, "load", load)
+    chosen = []
+    real = evaluation.check
+    monkeypatch.setattr(evaluation, "check", lambda *args: chosen.append(args[2]) or real(*args))
+    with pytest.raises(ValueError, match="^loaded$"):
+        evaluate(model=folder)
+    assert chosen == [["geneval", "ocr"]]
+    line = "left out: pickscore, quality, without prompts here (--prompts TASK=DIR)"
+    assert capsys.readouterr().out.splitlines() == [line]
+    with pytest.raises(ValueError, match="'pickscore' has no prompts of its own here"):
+        evaluate(model=folder, tasks=["geneval", "pickscore"])
 
 
 def test_whole_transformer_is_not_relabelled(folder, here):

@@ -42,13 +42,14 @@ from worlds.tiny_prompts import TASKS
 
 def test_advantages_sum_to_zero_in_each_group_and_equal_groups_are_dropped():
     reward = torch.tensor([0.0, 1.0, 0.5, 0.7, 0.7, 0.7])
-    adv, signal = train_grpo.advantages(reward, 3, "batch", reward)
+    task = torch.tensor([0, 0, 0, 1, 1, 1])
+    adv, signal = train_grpo.advantages(reward, task, 3, "batch")
     assert adv.view(-1, 3).sum(1).abs().max() < 1e-6
     assert adv[1] > 0 > adv[0]
     assert signal.tolist() == [True] * 3 + [False] * 3
-    assert adv[1] == pytest.approx(0.5 / reward.std(unbiased=False).item(), rel=1e-4)
-    own, _ = train_grpo.advantages(reward, 3, "group", reward)
-    assert own[1] == pytest.approx(0.5 / reward[:3].std(unbiased=False).item(), rel=1e-4)
+    assert adv[1] == pytest.approx(0.5 / reward.std(unbiased=False).item(), rel=1e-3)
+    own, _ = train_grpo.advantages(reward, task, 3, "group")
+    assert own[1] == pytest.approx(0.5 / reward[:3].std(unbiased=False).item(), rel=1e-3)
 
 
 def test_ppo_gradient_is_zero_where_the_ratio_is_clipped_and_minus_advantage_elsewhere():
@@ -63,7 +64,7 @@ def test_ppo_gradient_is_zero_where_the_ratio_is_clipped_and_minus_advantage_els
 
 @pytest.mark.parametrize("kind", ["sde", "cps"])
 def test_ratio_is_one_before_the_first_update(here, kind):
-    grpo(iters=1, tasks=["ocr"], micro=3, rollout=kind, name="r")
+    grpo(iters=1, tasks=["ocr"], micro=3, rollout=kind, noisy=[0, 2], name="r")
     assert log("r")[0]["ratio_err"] < 1e-5
 
 
@@ -76,13 +77,13 @@ def test_grpo_update_makes_better_than_average_images_more_likely(here):
     model = worlds.load(BASE)
     world = worlds.open_world(BASE)
     model.mmdit.add_adapter("policy", 4, 8.0, tensors("u.pt"))
-    prompts = [prompt for prompt in world.batch(["quality"], 2, 0, 0) for _ in range(8)]
+    prompts = [prompt for prompt in world.batch(["quality"], 2, 0, 0, "batch") for _ in range(8)]
     text = encode(model.text, [prompt["prompt"] for prompt in prompts])
-    noise = draw_noise([(0, 0, i) for i in range(16)], 4, model.latent_shape())
+    noise = draw_noise([(0, "grpo", 0, i) for i in range(16)], 4, model.latent_shape())
     sde = Sampler(schedule(4), "sde", 0.7, range(3))
     trajectory = sde.rollout(Policy(model.mmdit), noise, text)
     reward = torch.from_numpy(world.quality(model.images(trajectory.x[:, -1])))
-    adv, _ = train_grpo.advantages(reward, 8, "batch", reward)
+    adv, _ = train_grpo.advantages(reward, torch.zeros(16), 8, "batch")
     policy = Policy(model.mmdit, "policy")
     change = torch.zeros(16)
     with torch.no_grad():
@@ -94,7 +95,8 @@ def test_grpo_update_makes_better_than_average_images_more_likely(here):
 
 def test_grpo_writes_a_teacher_of_plain_tensors(here):
     grpo(iters=1, tasks=["quality"], anchor=True)
-    teacher = torch.load("ckpt/quality.pt", weights_only=True)
+    assert not list(Path("ckpt").glob("*")), "the shipped teachers are written by --out alone"
+    teacher = torch.load("runs/grpo-quality/adapter.pt", weights_only=True)
     assert teacher["task"] == "quality"
     assert teacher["anchor"]
     assert teacher["reward"] == {"quality": {"quality": 1.0}}
@@ -106,14 +108,14 @@ def test_grpo_mix_draws_prompts_in_the_ratio(here, monkeypatch):
     patterns = []
     real = worlds.world.World.batch
 
-    def batch(self, pattern, n, seed, it):
-        prompts = real(self, pattern, n, seed, it)
+    def batch(self, pattern, n, seed, it, mix):
+        prompts = real(self, pattern, n, seed, it, mix)
         patterns.append([prompt["task"] for prompt in prompts])
         return prompts
 
     monkeypatch.setattr(worlds.world.World, "batch", batch)
     grpo(iters=1, batch=20, group=2, tasks=["geneval", "ocr", "quality"],
-         ratio=["geneval=3", "ocr=1", "quality=1"], name="mix")
+         ratio=["geneval=3", "ocr=1", "quality=1"], mix="batch", name="mix")
     assert {"reward_geneval", "reward_ocr", "reward_quality"} <= set(log("mix")[0])
     counts = [patterns[-1].count(task) for task in ("geneval", "ocr", "quality")]
     assert counts == [6, 2, 2]
@@ -236,7 +238,7 @@ VARIANTS = [
     dict(objective="pg", step_reward="sampled", credit="future"),
     dict(objective="released"),
     dict(rollout="ode"),
-    dict(rollout="cps", noisy=[0, 3]),
+    dict(rollout="cps", noisy=[0, 2]),
     dict(rollout="ode", objective="velocity", one=True),
     dict(noisy=[0, 2], supervised=[1, 4]),
     dict(extrapolate=1.25),
@@ -309,7 +311,7 @@ def test_policy_gradient_gets_each_supervised_steps_own_numbers(here, teachers, 
     train_opd.main(dataclasses.replace(cfg, name="two", updates=2))
     row = log("two")[0]             # the second update's ratios are not 1
     assert row["ratio_err"] < 1e-5
-    assert 0 < row["clip_frac"] <= 0.5
+    assert 0 < row["clip_frac"] <= 1
 
 
 # ------------------------------------------------------------------ OPD: targets
@@ -355,9 +357,9 @@ def test_folded_student_runs_without_guidance_and_its_teachers_with_it(here, tea
         seen.add((guidance, "student" if adapter == "student" else "teacher"))
         return real_velocity(net, x, t, text, guidance, adapter)
 
-    def rollout(self, policy, noise, text):
+    def rollout(self, policy, noise, text, keep_v=False):
         rolled.add((policy.guidance, policy.adapter))
-        return real_rollout(self, policy, noise, text)
+        return real_rollout(self, policy, noise, text, keep_v)
 
     monkeypatch.setattr(sampler, "velocity", spy)
     monkeypatch.setattr(Sampler, "rollout", rollout)

@@ -88,11 +88,11 @@ def stop_at_rollout(monkeypatch, n):
     calls = []
     real = sampler.Sampler.rollout
 
-    def rollout(self, *args):
+    def rollout(self, *args, **options):
         calls.append(1)
         if len(calls) == n:
             raise KeyboardInterrupt
-        return real(self, *args)
+        return real(self, *args, **options)
 
     monkeypatch.setattr(sampler.Sampler, "rollout", rollout)
     return calls

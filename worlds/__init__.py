@@ -11,21 +11,24 @@ WORLDS = {"tiny": "worlds.tiny.Tiny", "sd3": "worlds.sd3.SD3"}
 def world_name(path):
     """The world of a --model: the one that the file's metadata name, else Stable Diffusion 3's.
 
-    path: a safetensors file, SD3.5's published folder, or its name on the hub. Nothing is said of
-    a path that does not exist, so that --help works; worlds/paths.py does that.
+    path: a safetensors file, SD3.5's published folder, or its name on the hub. A path that does not
+    exist counts as sd3, so that --help works. worlds/paths.py reports it later.
     """
     if not Path(path).is_file():
         return "sd3"
     with open_tensors(path) as file:
         name = (file.metadata() or {}).get("world", "sd3")
-    if name not in WORLDS:
-        raise ValueError(f"{path}: is of the world '{name}', expected one of {', '.join(WORLDS)}")
+    check_name(name, f"{path}: ")
     return name
 
 
-def world_class(name):
+def check_name(name, where=""):
     if name not in WORLDS:
-        raise ValueError(f"world '{name}': expected one of {', '.join(WORLDS)}")
+        raise ValueError(f"{where}world '{name}': expected one of {', '.join(WORLDS)}")
+
+
+def world_class(name):
+    check_name(name)
     module, cls = WORLDS[name].rsplit(".", 1)
     return getattr(importlib.import_module(module), cls)
 
@@ -36,10 +39,13 @@ def open_world(model, prompts=()):
 
 
 def load(model, *args, **options):
-    """A Model by its path alone. The other arguments are those of World.load."""
+    """The Model at a path. The other arguments go to World.load."""
     return open_world(model).load(model, *args, **options)
 
 
 def presets(table):
-    """For cli.run: {world: {option: default}} -> the function from --model to its defaults."""
+    """This gives cli.run a function from --model to its defaults.
+
+    table: {world: {option: default}}.
+    """
     return lambda model: table.get(world_name(model), {})

@@ -4,11 +4,11 @@ from pathlib import Path
 from plumbing.files import first_line
 
 
-def find(path, text_encoders=""):
+def find(path, text_encoders=True):
     """The safetensors file that a --model means.
 
     It is the path itself, the file in SD3.5's published folder, or the hub's. The hub's is fetched,
-    and with it the text encoders, unless a folder of text_encoders is given.
+    and with it, if they are wanted, the text encoders.
     """
     folder = Path(path)
     if folder.is_file():
@@ -23,7 +23,7 @@ def find(path, text_encoders=""):
     return files[0]
 
 
-def fetch(name, text_encoders=""):
+def fetch(name, text_encoders):
     """The folder of a model on the hub, "organisation/model", brought to this machine."""
     path = Path(name)
     if path.is_absolute() or len(path.parts) != 2 or path.suffix == ".safetensors":
@@ -32,7 +32,7 @@ def fetch(name, text_encoders=""):
                          "on the hub")
     from huggingface_hub import snapshot_download
     wanted = ["sd3*.safetensors"]
-    if not text_encoders:
+    if text_encoders:
         wanted += ["text_encoder*/*", "tokenizer*/*"]
     superfluous = ["text_encoders/*", "*_incl_*", "*.fp16*"]
     try:

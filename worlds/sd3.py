@@ -250,6 +250,7 @@ class SD3(World):
     ratio = {"geneval": 3, "ocr": 1, "pickscore": 1, "quality": 0}
     reward = {"geneval": "geneval", "ocr": "ocr", "pickscore": "pickscore",
               "quality": "deqa=0.4,pickscore=0.6"}
+    judge = "deqa"
     score = {"geneval": "geneval_benchmark", "ocr": "ocr", "pickscore": "pickscore",
              "quality": "deqa"}
 
@@ -260,7 +261,7 @@ class SD3(World):
         size: 512 pixels unless given; t5: "128" (unless given), "256" or "zeros";
         text_encoders: the folder of the text encoders, unless they are beside the file.
         """
-        file = find(path, text_encoders)
+        file = find(path, text_encoders=not text_encoders)
         # The cheap checks first.
         part_shapes(file, "mmdit", "joint_blocks.")
         part_shapes(file, "vae", "decoder.")

@@ -96,6 +96,7 @@ class Tiny(World):
     # Half of GenEval's reward is the strict form. The soft form alone pays for pictures that are
     # half right, and can be gamed.
     reward = {"geneval": "geneval=0.5,geneval_strict=0.5", "ocr": "ocr", "quality": "quality"}
+    judge = "quality"
     score = {"geneval": "geneval_benchmark", "ocr": "ocr", "quality": "quality"}
 
     def load(self, path, device="cpu", dtype=torch.float32, size=None, t5="", text_encoders=""):

@@ -1,9 +1,11 @@
 """What a world is: the prompts of some tasks, the judges of their pictures, and a model.
 
 A world is where a model lives: the tiny one (tiny.py) or Stable Diffusion 3.5's (sd3.py). The
-training scripts know only this interface. To add a world, write a subclass and name it in
-worlds/__init__.py.
+training scripts know only this interface. A new world is a subclass of World. It also needs a line
+in WORLDS, a rule in world_name (both in worlds/__init__.py), and a line in each script's PRESETS.
 """
+import hashlib
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +23,9 @@ class Model:
     """A base and what goes with it, on one device."""
     mmdit: MMDiT
     vae: VAE
-    text: object             # (B strings) -> context (B, L, context_dim), pooled (B, pooled_dim)
+    # (B strings) -> context (B, L, context_dim), pooled (B, pooled_dim). A run calls its
+    # prepare(prompts, rank, world_size) first, with all its prompts.
+    text: object
     resolution: int          # side of the images, in pixels
     file: str                # the safetensors file that holds the transformer
 
@@ -41,17 +45,22 @@ class Model:
 
 
 class World:
-    """Tasks, prompts, judges and a model. What has no body here, a subclass must define.
+    """Tasks, prompts, judges and a model.
 
+    A subclass must define load, own_prompt, detect and read. It may define quality and check_meta.
     A prompt is a dict: "prompt", "task", "tag" and what its judge needs (worlds/prompts.py).
     prompts: ["TASK=DIR", ...], folders whose prompts replace the world's own (--prompts).
     """
     name = ""
     tasks = ()               # the tasks that have prompts or a reward here
-    tags = ()                # GenEval's kinds of prompt
-    lora = (16, 32.0)        # rank and alpha of a new adapter
+    # GenEval's tags. eval.py reports each, and asks for two images a tag.
+    tags = ()
+    # Rank and alpha of stage 2's new adapter. Stage 1 and SFT have options of their own.
+    lora = (16, 32.0)
     ratio = {}               # task -> its share of the prompts in stage 2
-    reward = {}              # task -> what its teacher is trained on, as rewards.parse_reward reads
+    # The default reward of each task's teacher, in the form that rewards.parse_reward reads.
+    reward = {}
+    judge = "quality"        # the reward that never looks at the prompt, for a share in every mix
     score = {}               # task -> the reward that evaluation reports
 
     def __init__(self, prompts=()):
@@ -92,16 +101,32 @@ class World:
 
     # The same for all
 
+    @property
+    def prompts_digest(self):
+        """{task: a short hash of its folder's prompts}: a run notices that a file was edited."""
+        digests = {}
+        for task, splits in self.folders.items():
+            digests[task] = hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16]
+        return digests
+
     def draw_prompt(self, rng, task, split, tags=None):
         """One prompt: of the task's folder if there is one, else the world's own."""
         rows = self.folders.get(task, {}).get(split)
         if rows:
             return rows[rng.integers(len(rows))]
-        # A folder without this split leaves it to the world, which avoids what the folder has.
-        while True:
+        return self.draw_own(rng, task, split, tags)
+
+    def draw_own(self, rng, task, split, tags=None):
+        """A prompt of the world's own that is not in the task's folder.
+
+        A folder without a split leaves the split to the world, so the two must not overlap.
+        """
+        for _ in range(1000):
             meta = self.own_prompt(rng, task, split, tags)
             if meta["prompt"] not in self.known.get(task, ()):
                 return meta
+        raise ValueError(f"--prompts {task}: the folder holds each of 1000 prompts that the world "
+                         f"drew for its split '{split}'; expected a folder with that split")
 
     def own_eval_prompts(self, task, n, split):
         """n prompts of the world's own, with GenEval's tags in equal numbers."""
@@ -109,14 +134,14 @@ class World:
         metas = []
         for i in range(n):
             tags = {self.tags[i % len(self.tags)]: 1} if task == "geneval" else None
-            metas.append(self.own_prompt(rng, task, split, tags))
+            metas.append(self.draw_own(rng, task, split, tags))
         return metas
 
     def eval_prompts(self, task, n, split="eval"):
         """n fixed prompts, the same for every model.
 
-        A folder's are taken evenly, or, if n is more, all of them again and again. The split
-        "train" gives prompts of training, to choose settings by without a look at those held out.
+        A folder with enough prompts is sampled evenly. A smaller one is repeated. The split "train"
+        gives prompts of training, to choose settings by without a look at those held out.
         """
         rows = self.folders.get(task, {}).get(split)
         if not rows:
@@ -125,16 +150,31 @@ class World:
             return [rows[j * len(rows) // n] for j in range(n)]
         return [rows[j % len(rows)] for j in range(n)]
 
-    def batch(self, pattern, n, seed, it):
+    def batch(self, pattern, n, seed, it, mix):
         """The n prompts of iteration it, the same list on every rank.
 
-        pattern: tasks that take turns, e.g. ["geneval", "geneval", "ocr"].
+        pattern: tasks that take turns, e.g. ["geneval", "geneval", "ocr"]: prompt by prompt with
+        mix "batch", iteration by iteration with mix "alternate".
         """
         rng = np.random.default_rng((seed, it))
-        tasks = [pattern[(it * n + j) % len(pattern)] for j in range(n)]
+        if mix == "alternate":
+            tasks = [pattern[it % len(pattern)]] * n
+        else:
+            tasks = [pattern[(it * n + j) % len(pattern)] for j in range(n)]
         return [self.draw_prompt(rng, task, "train") for task in tasks]
 
     def check_prompts(self, tasks, split="train"):
-        """Draw one prompt of each task, so that a task without prompts says so now."""
+        """A task without prompts raises its error here, before any work starts."""
         for task in tasks:
             self.draw_prompt(np.random.default_rng(0), task, split)
+
+    def tasks_with_prompts(self, split):
+        """Those of the tasks that have prompts here, their own or a folder's."""
+        found = []
+        for task in self.tasks:
+            try:
+                self.check_prompts([task], split)
+            except ValueError:
+                continue
+            found.append(task)
+        return found

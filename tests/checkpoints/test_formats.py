@@ -248,6 +248,27 @@ def test_convert_on_the_command_line(folder, net, here, monkeypatch):
     assert load_mmdit(here / "merged.safetensors").cfg == MEDIUM
 
 
+def test_a_merged_file_keeps_the_task_and_the_mark_if_there_are_any(folder, net, here):
+    formats.write_peft(here / "peft", random_adapter(net), "mini")
+
+    def merged(ckpt, **options):
+        convert.main(convert.Config(ckpt=ckpt, to="merged", out="m.safetensors", model=str(folder),
+                                    **options))
+        return formats.read("m.safetensors", net)
+
+    nameless = merged("peft")
+    assert (nameless["task"], nameless["anchor"]) == ("", False)
+    assert formats.read("m.safetensors", net, "ocr")["task"] == "ocr"
+    named = merged("peft", task="ocr", anchor=True)
+    assert (named["task"], named["anchor"]) == ("ocr", True)
+    convert.main(convert.Config(ckpt="peft", to="pt", out="ocr.pt", model=str(folder), task="ocr",
+                                anchor=True))
+    marked = merged("ocr.pt")
+    assert (marked["task"], marked["anchor"]) == ("ocr", True)
+    with pytest.raises(ValueError, match="^--anchor --to peft: .*expected --to pt or merged$"):
+        convert.main(convert.Config(ckpt="ocr.pt", to="peft", out="again", anchor=True))
+
+
 # ------------------------------------------------------------------ bad input, one clear line each
 
 
@@ -307,6 +328,21 @@ def test_lora_of_another_rank_or_other_targets_is_refused(net, here):
     refused(net, peft, "not a tensor of finite numbers")
     (peft / "adapter_config.json").unlink()
     refused(net, peft, "adapter_config.json: expected a PEFT adapter's config")
+
+
+@pytest.mark.parametrize("text", ["{broken", "[1]"])
+def test_a_config_in_the_metadata_that_is_no_json_object_is_refused_by_the_path(net, here, text):
+    formats.write_diffusers(here / "lora.safetensors", random_adapter(net))
+    tensors = load_file(here / "lora.safetensors")
+    save_file(tensors, here / "lora.safetensors", {"lora_adapter_metadata": text})
+    refused(net, here / "lora.safetensors",
+            r"lora.safetensors: its lora_adapter_metadata is '.*', expected a JSON object$")
+
+
+def test_field_of_another_type_is_refused_with_the_types_that_do(net, here):
+    fields = {"task": "ocr", "anchor": False, "base": net.fingerprint, "settings": {}}
+    formats.save_adapter(here / "x.pt", **{**random_adapter(net), **fields, "alpha": "5"})
+    refused(net, here / "x.pt", "x.pt: 'alpha' is of type str, expected int or float$")
 
 
 def test_transformer_of_another_shape_is_no_checkpoint_of_this_base(net, here):

@@ -75,6 +75,19 @@ def test_writers_make_the_folders_and_leave_nothing_else(tmp_path):
         assert torch.equal(file.get_tensor("w"), tensors["w"])
 
 
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_every_file_has_the_mode_that_open_gives(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "a.txt", "x")
+        write_pt(tmp_path / "a.pt", {})
+        write_tensors(tmp_path / "a.safetensors", {"w": torch.ones(2)})
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(["a.txt", "a.pt", "a.safetensors"], mode)
+
+
 # ------------------------------------------------------------------ reading
 
 

@@ -125,6 +125,28 @@ def test_a_folder_that_does_not_fit_its_prompts_is_refused(pictures, change, mes
         folder.main(config(pictures, "jpeg_compressibility"))
 
 
+@pytest.mark.parametrize("where", ["base", "base/samples"])
+def test_other_prompts_than_eval_left_beside_the_pictures_are_refused(tmp_path, where):
+    images = tmp_path / where
+    images.mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (16, 16)).save(images / f"{i:04d}.png")
+    (tmp_path / "prompts.txt").write_text("a cat\na cat\na dog\na dog\n")
+
+    def score(text):
+        (tmp_path / "given.txt").write_text(text)
+        folder.main(folder.Config("jpeg_compressibility", str(images), str(tmp_path / "given.txt"),
+                                  device="cpu"))
+
+    for text in ("a cat\na bird\n", "a cat\na cat\na bird\na dog\n"):
+        with pytest.raises(ValueError, match=r"^\S*given.txt: has 'a bird' for 0002.png, but "
+                                             r"\S*/prompts.txt says 'a dog'; [^\n]*$"):
+            score(text)
+    assert not list(images.glob("*.jsonl")), "before anything is scored"
+    score("a cat\na dog\n")                              # the same, two pictures of each
+    assert len(rows(images / "jpeg_compressibility.jsonl")) == 4
+
+
 def test_geneval_on_plain_prompts_asks_for_its_metadata(pictures):
     with pytest.raises(ValueError, match=r"^[^\n]*prompts.txt: GenEval needs more than prompts"
                                          r"[^\n]*\.jsonl metadata[^\n]*$"):

@@ -5,7 +5,7 @@ import torch
 from mini_clip import levels, pictures, resize_planes, torchvision_box
 from PIL import Image
 
-from scorers.jpeg import jpeg_compressibility, jpeg_incompressibility
+from scorers.jpeg import jpeg_incompressibility
 from scorers.pixels import (
     clip_input,
     clip_pixels,
@@ -99,4 +99,3 @@ def test_jpeg_size_is_that_of_the_file_at_quality_95(tmp_path):
         Image.fromarray(array).save(tmp_path / "x.jpg", quality=95)
         assert size * 1000 == pytest.approx((tmp_path / "x.jpg").stat().st_size)
     assert sizes[0] < sizes[1] and sizes.dtype == torch.float32
-    assert torch.equal(jpeg_compressibility(images), -sizes)

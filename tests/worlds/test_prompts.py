@@ -5,6 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from plumbing.files import write_pt
+from plumbing.state import resume
 from scorers.geneval import CLASSES, COLORS
 from worlds.prompts import (
     TAGS,
@@ -155,6 +157,46 @@ def test_training_prompts_that_the_world_makes_are_not_those_of_the_evaluation_f
     (here / "test.txt").write_text("a\n")
     world = Letters(["t=test.txt"])
     assert [world.draw_prompt(None, "t", "train")["prompt"] for _ in range(2)] == ["b", "b"]
+
+
+def test_evaluation_prompts_that_the_world_makes_are_not_those_of_the_training_file(here):
+    texts = [meta["prompt"] for meta in SD3().eval_prompts("ocr", 20)]
+    (here / "set").mkdir()
+    (here / "set/train.txt").write_text("\n".join(texts[::2]))
+    world = SD3(["ocr=set"])
+    held = [meta["prompt"] for meta in world.eval_prompts("ocr", 10)]
+    # What is left of the world's own are the same prompts, in the same order.
+    assert held == [text for text in texts if text not in texts[::2]][:10]
+
+
+def test_a_file_of_all_the_prompts_that_a_world_can_make_is_refused(here):
+    class Letters(World):
+        def own_prompt(self, rng, task, split, tags=None):
+            return {"prompt": "a"}
+
+    (here / "test.txt").write_text("a\n")
+    world = Letters(["t=test.txt"])
+    message = "^--prompts t: the folder holds each of 1000 prompts .*; expected a folder with"
+    with pytest.raises(ValueError, match=message):
+        world.draw_prompt(None, "t", "train")
+
+
+def test_a_run_whose_prompt_file_was_edited_is_not_resumed(folders, here):
+    def settings():
+        world = SD3(["geneval=geneval", "ocr=ocr"])
+        return {"lr": 1.0, "prompts_digest": world.prompts_digest}
+
+    assert SD3().prompts_digest == {}
+    before = settings()
+    assert before["prompts_digest"].keys() == {"geneval", "ocr"}
+    write_pt("run/state.pt", {"iter": 1, "settings": before, "base": "b"})
+    assert resume("run/state.pt", settings(), "b")["iter"] == 1
+    write_lines(here / "geneval/test_metadata.jsonl", {**LINE, "prompt": "fourth"})
+    after = settings()["prompts_digest"]
+    changed = {task for task in after if after[task] != before["prompts_digest"][task]}
+    assert changed == {"geneval"}
+    with pytest.raises(ValueError, match="run/state.pt: holds a run with another prompts_digest;"):
+        resume("run/state.pt", settings(), "b")
 
 
 GOOD = '{"prompt": "a", "include": [{"class": "dog", "count": 1}]}\n'

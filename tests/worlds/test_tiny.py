@@ -361,6 +361,22 @@ def test_drawn_prompts_keep_to_their_split(task):
     assert not contents(train) & contents(held)
 
 
+def test_a_fourth_task_gets_prompts_of_its_own_or_none(here):
+    class Four(Tiny):
+        tasks = (*TASKS, "motion")
+
+    for ask in (Four().check_prompts, lambda tasks: Four().eval_prompts(tasks[0], 2)):
+        with pytest.raises(ValueError, match="unknown task 'motion': the tiny world has geneval"):
+            ask(["motion"])
+    (here / "train.txt").write_text("a red circle\n")
+    world = Four(["motion=."])
+    meta = world.draw_prompt(np.random.default_rng(0), "motion", "train")
+    assert meta == {"tag": "motion", "prompt": "a red circle", "task": "motion"}
+    assert Four().tasks_with_prompts("eval") == list(TASKS)
+    assert world.tasks_with_prompts("train") == [*TASKS, "motion"]
+    assert world.tasks_with_prompts("eval") == list(TASKS)
+
+
 def test_training_mix_is_flow_grpos_and_never_draws_single_object():
     rng = np.random.default_rng(12)
     n = 3000

@@ -144,7 +144,7 @@ def test_file_without_its_metadata_is_refused(saved, tmp_path, key):
 
 def test_file_of_an_unknown_world_is_refused(saved, tmp_path):
     path = broken_file(saved, tmp_path, lambda tensors: None, {**META, "world": "flat"})
-    with pytest.raises(ValueError, match="broken.safetensors: is of the world 'flat', expected"):
+    with pytest.raises(ValueError, match="broken.safetensors: world 'flat': expected one of"):
         worlds.load(path)
 
 
