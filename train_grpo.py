@@ -296,11 +296,10 @@ def main(cfg):
         mine = dist.share(cfg.batch, cfg.updates, rank, world_size)
         asked = [prompts[i // cfg.group] for i in mine]
         text = encode(model.text, [prompt["prompt"] for prompt in asked])
-        task = [tasks.index(prompt["task"]) for prompt in prompts]
-        task = torch.tensor(task, device=device).repeat_interleave(cfg.group)     # (B,), all ranks
+        task = torch.tensor([tasks.index(prompt["task"]) for prompt in prompts], device=device)
+        task = task.repeat_interleave(cfg.group)                  # (B,), of all ranks
         keys = [(cfg.seed, "grpo", it, i) for i in mine]
-        noise = draw_noise(keys, cfg.steps, model.latent_shape())
-        noise = noise.to(device)
+        noise = draw_noise(keys, cfg.steps, model.latent_shape()).to(device)
 
         # 2. Rollout. The policy samples. Finished images are judged while it goes on.
         minibatches = []                                          # lists of States

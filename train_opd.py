@@ -296,6 +296,8 @@ class Teachers:
     """
 
     def __init__(self, teachers, base, cfg):
+        if cfg.blend and len(teachers) == 1:
+            raise ValueError(f"--blend {cfg.blend}: there is one teacher, so none to blend it with")
         self.tasks = list(teachers)
         self.cfg = cfg
         self.base = Policy(base, None, cfg.guidance, both=cfg.match == "branches")
@@ -460,8 +462,6 @@ def main(cfg):
     mix = read_mix(cfg.ratio, tasks, world.ratio)
     pattern = [task for task, n in mix.items() for _ in range(n)]
     world.check_prompts(set(pattern))
-    if cfg.blend and len(tasks) == 1:
-        raise ValueError(f"--blend {cfg.blend}: there is one teacher, so none to blend it with")
     folder = Path("runs") / cfg.name
 
     # Teachers and anchor: adapters on one frozen base, or whole transformers beside it. The
@@ -507,11 +507,9 @@ def main(cfg):
         mine = dist.share(cfg.batch, cfg.updates, rank, world_size)
         asked = [prompts[i // cfg.group] for i in mine]
         text = encode(model.text, [prompt["prompt"] for prompt in asked])
-        task = [tasks.index(prompt["task"]) for prompt in asked]
-        task = torch.tensor(task, device=device)
+        task = torch.tensor([tasks.index(prompt["task"]) for prompt in asked], device=device)
         keys = [(cfg.seed, it, i) for i in mine]
-        noise = draw_noise(keys, cfg.steps, model.latent_shape())
-        noise = noise.to(device)
+        noise = draw_noise(keys, cfg.steps, model.latent_shape()).to(device)
 
         # 2. Rollout. The student itself samples: it will learn on the states that it visits.
         minibatches = []                                          # lists of States

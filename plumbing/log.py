@@ -34,6 +34,10 @@ class Log:
         self.on = rank == 0
         if not self.on:
             return
+        if resume_at:
+            done = "is finished" if resume_at == config.get("iters") else "goes on"
+            print(f"{folder}: {done}, at iteration {resume_at}. If the code has changed since, "
+                  "give --name NEW to train anew.")
         # A resumed run drops later log lines. So no iteration appears twice.
         lines = []
         if resume_at and self.path.exists():

@@ -248,6 +248,19 @@ def test_convert_on_the_command_line(folder, net, here, monkeypatch):
     assert load_mmdit(here / "merged.safetensors").cfg == MEDIUM
 
 
+def test_conversion_asks_the_hub_for_no_text_encoders(file, net, here, monkeypatch):
+    asked = []
+
+    def find(path, text_encoders=True):
+        asked.append((path, text_encoders))
+        return file
+
+    monkeypatch.setattr(convert, "find", find)
+    formats.write_peft(here / "peft", random_adapter(net), "mini")
+    convert.main(convert.Config(ckpt="peft", to="diffusers", out="x.safetensors", model="org/sd3"))
+    assert asked == [("org/sd3", False)]
+
+
 def test_a_merged_file_keeps_the_task_and_the_mark_if_there_are_any(folder, net, here):
     formats.write_peft(here / "peft", random_adapter(net), "mini")
 

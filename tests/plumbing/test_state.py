@@ -87,7 +87,8 @@ def test_the_images_of_a_forward_pass_are_fixed_where_they_are_part_of_the_loss(
 
 def make_net():
     """Two layers, of which one learns, and its optimiser."""
-    net = nn.ModuleDict({"frozen": nn.Linear(2, 2).requires_grad_(False), "learns": nn.Linear(2, 3)})
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    net = nn.ModuleDict({"frozen": frozen, "learns": nn.Linear(2, 3)})
     opt = torch.optim.AdamW(net["learns"].parameters(), lr=1e-2)
     net["learns"](torch.ones(1, 2)).sum().backward()
     opt.step()
