@@ -47,7 +47,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints.cold_start import cold_start, cold_start_whole
-from checkpoints.formats import save_trained
+from checkpoints.formats import save_trained, split_label
 from checkpoints.teachers import attach, find_anchor, read_teachers
 from model import Route
 from plumbing import cli, dist
@@ -384,6 +384,17 @@ def check(cfg, world, world_size):
         raise ValueError(f"--supervised {cfg.supervised}: expected FROM TO with "
                          f"0 <= FROM < TO <= --steps {cfg.steps}")
     check_combination(cfg)
+    check_prompts(cfg, world)
+
+
+def check_prompts(cfg, world):
+    """Every task that the command line names must have prompts: known before anything is loaded."""
+    if cfg.ratio:
+        named = [item.partition("=")[0] for item in cfg.ratio if not item.endswith("=0")]
+    else:
+        named = [split_label(spec)[0] for spec in cfg.teachers]
+        named = [task for task in named if world.ratio.get(task)]
+    world.check_prompts([task for task in named if task in world.tasks])
 
 
 def check_combination(cfg):

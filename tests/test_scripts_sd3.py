@@ -96,8 +96,8 @@ def test_defaults_follow_from_the_model(folder, script, want):
 def test_grpo_and_opd_run_on_sd3(folder, here, bright, full):
     """Teachers in the forms of both stages and a PEFT folder, with checkpointing; then pictures."""
     for task in ("geneval", "ocr"):
-        grpo(model=folder, tasks=[task], reward=["bright"], full=full and task == "ocr",
-             checkpointing=True)
+        grpo(model=folder, tasks=[task], reward=["bright"], out=f"ckpt/{task}.pt",
+             full=full and task == "ocr", checkpointing=True)
     net = worlds.load(folder, size=32).mmdit
     write_peft(here / "quality", random_adapter(net), "mini")
     suffix = "safetensors" if full else "pt"
@@ -203,6 +203,10 @@ def test_task_without_a_reward_or_prompts_is_refused_before_the_model_is_loaded(
     message = "'pickscore' has no prompts of its own here, expected a folder"
     with pytest.raises(ValueError, match=message):
         grpo(model=folder, tasks=["pickscore"])
+    with pytest.raises(ValueError, match=message):
+        opd(model=folder, teachers=["pickscore=x"])
+    with pytest.raises(ValueError, match=message):
+        opd(model=folder, teachers=["x"], ratio=["pickscore=1"])
 
 
 def test_a_reward_that_fails_midway_stops_training_with_its_cause(folder, here, monkeypatch):
