@@ -292,7 +292,7 @@ def generate(cfg, asked, model, policies, times, rank, world_size):
     """
     names = picture_names(cfg, asked)
     mine = torch.arange(len(asked))[rank::world_size]
-    model.text.prepare(asked, rank, world_size)
+    model.text.prepare(asked, *dist.local())
     dist.barrier()
     if rank == 0:
         write_text(Path(cfg.out) / "prompts.txt", to_lines(asked))
@@ -451,7 +451,7 @@ def evaluate(run, policies, rank, world_size, start):
                          f"{', '.join(world.tags)}")
     check_rewards(run.specs, model, world, cfg.split, run.times.device)
     texts = [meta["prompt"] for metas in run.metas.values() for meta in metas]
-    model.text.prepare(texts, rank, world_size)
+    model.text.prepare(texts, *dist.local())
     dist.barrier()
 
     scores = {}                     # label -> task -> reward -> (n,)

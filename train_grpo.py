@@ -260,8 +260,7 @@ def main(cfg):
     folder = Path("runs") / name
     out = Path(cfg.out or folder / "adapter.pt")
 
-    # The policy: an adapter on the frozen base, or a whole transformer beside it. The reference is
-    # the base.
+    # The policy is an adapter on the frozen base or a whole transformer; the base is the reference.
     net, adapter = make_policy(cfg, model.mmdit)
     policy = Policy(dist.distribute(net, cfg.full), adapter, cfg.guidance)
     reference = Policy(model.mmdit, None, cfg.guidance)
