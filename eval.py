@@ -1,18 +1,19 @@
 """
-Evaluation: any checkpoints on all tasks, with the same prompts and the same noise for every model.
+Evaluate checkpoints on all tasks, with the same prompts and the same noise for every model.
 
     python eval.py --ckpts base ckpt/*.pt student=runs/opd/student.pt --out runs/opd/eval
     torchrun --nproc_per_node=2 eval.py ...               # the same numbers (OMP_NUM_THREADS=1)
     python eval.py --prompt "a photo of a red bird" --ckpts base student=DIR     # just pictures
 
-It writes OUT.md (a table), OUT.json (all numbers) and OUT.png (rows prompts, columns models). With
---prompt it only writes pictures, OUT/MODEL/0000.png, ... A checkpoint is a path, LABEL=path, or
-"base". Prompts are the held-out ones of the world, or those of --prompts. Images are the ODE's.
+It writes OUT.md (tables), OUT.json (all numbers) and OUT.png (rows are prompts, columns are
+models). With --prompt it only writes pictures, OUT/MODEL/0000.png, ... A checkpoint is a path,
+LABEL=path, or "base". Prompts are the held-out ones of the world, or those of --prompts. Images are
+sampled with the ODE.
 
-Scores: geneval is the benchmark's own rule, the mean over the tags of each tag's mean. ocr is
-1 - edits / length. quality looks at no prompt. average is formed as the paper forms it: the mean of
-the scores of the tasks, each scaled to at most 1. Standard errors are over images. A second table
-sets the last model beside every other one, image by image.
+Scores: geneval follows the benchmark: first the mean of each tag, then the mean over tags. ocr is
+1 - edits / length. quality ignores the prompt. average is the paper's: the mean of the tasks'
+scores, each scaled to at most 1. Standard errors are over images. A second table compares the last
+model with every other one, image by image.
 """
 import json
 import math
@@ -47,64 +48,65 @@ class Config:
     model: str = "ckpt/tiny.safetensors"
     # The folder of SD3.5's text encoders, if they are not beside the model.
     text_encoders: str = ""
-    # TASK=DIR: the prompts of that folder instead of the world's own (worlds/prompts.py).
+    # TASK=DIR: the task's prompts come from this folder, not from the world (worlds/prompts.py).
     prompts: list[str] = field(default_factory=list)
     # Tasks to evaluate on (default: all that have prompts).
     tasks: list[str] = field(default_factory=list)
-    # TASK=REWARD: what a task is scored by (default: the world's; a task of your own has none).
+    # TASK=REWARD: the reward that scores a task (default: the world's; your own task has none).
     score: list[str] = field(default_factory=list)
-    # Rewards to take of the images of every task, besides the task's own.
+    # Further rewards to compute for the images of every task.
     also: list[str] = field(default_factory=lambda: ["quality"])
     # Where to write OUT.md, OUT.json and OUT.png.
     out: str = "runs/eval"
 
     # --- sampling
-    # Images a task.
+    # Images per task.
     per_task: int = 600
     # ODE steps.
     steps: int = 20
     # Guidance scale.
     guidance: float = 1.0
-    # Images a forward pass.
+    # Images per forward pass. Fewer need less memory.
     batch: int = 100
-    # "train" is for choosing settings without looking at the held-out prompts.
+    # Prompts: eval (held out), or train, to choose settings without looking at the held-out ones.
     split: Literal["eval", "train"] = "eval"
-    # Also measure how far pictures of one prompt are apart (in the JSON).
+    # Also measure how different the pictures of one prompt are, for OUT.json.
     diversity: bool = False
-    # Prompts in the picture.
+    # Number of prompts (rows) in OUT.png.
     rows: int = 6
 
     # --- just pictures
-    # Draw these, and evaluate nothing.
+    # Prompts to draw. Then nothing is evaluated.
     prompt: list[str] = field(default_factory=list)
-    # The same from a file, one prompt a line.
+    # File of prompts to draw, one per line. Then nothing is evaluated.
     prompt_file: str = ""
-    # Pictures of each prompt.
+    # Pictures per prompt.
     each: int = 1
-    # Their names: 0000.png, ..., or PROMPT_000000.png, as T2I-CompBench's scorers want them.
+    # Names of the pictures. numbers: 0000.png, ...; compbench: PROMPT_000000.png, in the folder
+    # samples, as T2I-CompBench's scorers want them.
     layout: Literal["numbers", "compbench"] = "numbers"
 
     # --- machine
     # Side of the images in pixels (default: 32 in the tiny world).
     size: int | None = None
-    # Tokens of SD3.5's T5, 128 or 256; or zeros, to leave it out.
+    # Tokens of SD3.5's T5: 128 or 256. The word zeros leaves T5 out.
     t5: str = ""
-    # Of the weights.
+    # Dtype of the weights.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Seed of the noise. Each prompt has its own noise.
     seed: int = 0
-    # auto, cuda, mps or cpu.
+    # Device: auto, cuda, mps or cpu.
     device: str = "auto"
 
 
-# Defaults that follow from --model. GenEval has 553 prompts and takes 4 images of each: 2,212, here
-# rounded down for 8 ranks.
+# Defaults that follow from --model. GenEval has 553 prompts with 4 images each. That makes 2,212
+# images, rounded down here to a multiple of 8 ranks.
 PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=40, guidance=4.5, batch=8,
                        per_task=2208, also=[])}
 
 
 def label_models(ckpts):
-    """--ckpts -> {label: path}."""
+    """The values of --ckpts -> {label: path}."""
     if not ckpts:
         raise ValueError("--ckpts: got none, expected at least one model, e.g. "
                          "--ckpts base ckpt/*.pt")
@@ -120,7 +122,7 @@ def label_models(ckpts):
 
 
 def read_models(cfg, paths, base):
-    """{label: path} -> every checkpoint as a Policy, by its label."""
+    """Read the checkpoints, {label: path} -> {label: Policy}. Adapters are added to base."""
     policies = {}
     for n, (label, path) in enumerate(paths.items()):
         policies[label] = Policy(base, None, cfg.guidance)
@@ -139,14 +141,14 @@ def read_models(cfg, paths, base):
 
 
 def mean_se(scores):
-    """Mean and its standard error."""
+    """The mean of scores (n,) and its standard error, which is nan for a single score."""
     if len(scores) < 2:
         return float(np.mean(scores)), float("nan")
     return float(np.mean(scores)), float(np.std(scores, ddof=1) / math.sqrt(len(scores)))
 
 
 def tags_of(metas, world):
-    """The tags that GenEval's prompts have here, in the order of the world."""
+    """The tags that occur in the GenEval prompts, in the order of the world."""
     there = {meta["tag"] for meta in metas.get("geneval", ())}
     return [tag for tag in world.tags if tag in there]
 
@@ -154,8 +156,8 @@ def tags_of(metas, world):
 def summarise(scores, metas, world):
     """Scores of images {task: (n,)} -> {column: [mean, standard error, n]}.
 
-    Columns are the tags, the tasks and the average. Given the differences of two models on the same
-    prompts and noise, the errors are those of the paired difference.
+    Columns are the tags, the tasks and the average. Scores may also be the differences of two
+    models on the same prompts and noise. Then the errors are those of the paired difference.
     """
     out = {}
     tags = tags_of(metas, world) if "geneval" in scores else []
@@ -164,7 +166,7 @@ def summarise(scores, metas, world):
         out[tag] = [*mean_se(scores["geneval"][rows]), len(rows)]
     for task in scores:
         out[task] = [*mean_se(scores[task]), len(metas[task])]
-    if tags:                                        # GenEval is the mean of the means of its tags
+    if tags:                                        # first a mean per tag, then over tags
         out["geneval"][0] = float(np.mean([out[tag][0] for tag in tags]))
         out["geneval"][1] = math.sqrt(sum(out[tag][1] ** 2 for tag in tags)) / len(tags)
     means, errors = [], []
@@ -178,13 +180,13 @@ def summarise(scores, metas, world):
 
 
 def scale_of(task, world):
-    """What the score of a task is divided by to be at most 1."""
+    """The number that divides the score of a task, so that it is at most 1."""
     name = world.score.get(task)
     return REWARDS[name].scale if name in REWARDS else 1
 
 
 def gaps(scores, metas, world):
-    """The last model minus every other one, paired image by image: {other: its summary}."""
+    """The last model minus each other one, paired image by image: {other: summary}."""
     *others, last = scores
     out = {}
     for other in others:
@@ -194,10 +196,10 @@ def gaps(scores, metas, world):
 
 
 def spread(small, prompts):
-    """Diversity: how far pictures of one prompt are apart: [mean, standard error, prompts].
+    """How different the pictures of one prompt are: [mean, standard error, number of prompts].
 
-    It is the root mean square difference of two of them, averaged over pairs, then over prompts.
-    small (n, 3, 32, 32); prompts: n strings, some of which come more than once.
+    It is the root mean square difference of two pictures, averaged over pairs, then over prompts.
+    small (n, 3, 32, 32); prompts: n strings. Only prompts that occur more than once count.
     """
     groups = {}
     for picture, prompt in zip(small.flatten(1), prompts):
@@ -223,7 +225,7 @@ def markdown(title, rows, columns, sign=""):
 
 
 def report(results, differences, last, tags, tasks):
-    """Both tables, as printed and as written to OUT.md."""
+    """The text of OUT.md, with both tables. It is also printed."""
     some = next(iter(results.values()))
     numbers = [f"{some[column][2]} {column.replace('_', ' ')}" for column in (*tags, *tasks)]
     text = markdown("model", results, [*tags, *tasks, "average"])
@@ -238,7 +240,7 @@ def report(results, differences, last, tags, tasks):
 
 
 def picture_names(cfg, asked):
-    """The files of --prompt's pictures. ValueError if a prompt cannot be a name there."""
+    """The file names of the pictures. ValueError if a prompt cannot be part of a file name."""
     if cfg.layout == "numbers":
         return [f"{i:04d}.png" for i in range(len(asked))]
     names = []
@@ -252,7 +254,7 @@ def picture_names(cfg, asked):
 
 
 def asked_prompts(cfg):
-    """The prompts of --prompt and --prompt-file, one for each picture."""
+    """The prompts of --prompt and --prompt-file, each repeated for each of its pictures."""
     asked = list(cfg.prompt)
     if cfg.prompt_file:
         asked += [meta["prompt"] for meta in read_file(cfg.prompt_file, "prompt")]
@@ -265,11 +267,11 @@ def to_lines(asked):
 
 
 def check_out(cfg, asked, labels):
-    """ValueError if OUT has pictures of another command: they would pass for pictures of this."""
+    """ValueError if OUT has pictures of another command. They would look like those of this one."""
     names = set(picture_names(cfg, asked))
     out = Path(cfg.out)
     listed = out / "prompts.txt"
-    # All folders beside a prompts.txt are of its prompts. Without one, only these models' count.
+    # With a prompts.txt, all folders beside it are checked. Without one, only these models' are.
     folders = [out / label for label in labels]
     same = False
     if listed.is_file():
@@ -284,11 +286,10 @@ def check_out(cfg, asked, labels):
 
 
 def generate(cfg, asked, model, policies, times, rank, world_size):
-    """Draw the prompts by each model from the same noise.
+    """Draw a picture of each prompt with each model, from the same noise.
 
-    OUT/prompts.txt is written before them, so that a command that was stopped may be given again.
-    With --layout compbench the names are those that T2I-CompBench's BLIP-VQA, UniDet and CLIP
-    scorers read.
+    OUT/prompts.txt is written first, so that a stopped command can be given again. With --layout
+    compbench, T2I-CompBench's BLIP-VQA, UniDet and CLIP scorers can read the file names.
     """
     names = picture_names(cfg, asked)
     mine = torch.arange(len(asked))[rank::world_size]
@@ -318,7 +319,7 @@ def generate(cfg, asked, model, policies, times, rank, world_size):
 
 
 def read_scores(items, world):
-    """--score, ["TASK=REWARD", ...], and the world's own -> {task: reward}."""
+    """The world's {task: reward}, changed by the items of --score, ["TASK=REWARD", ...]."""
     named = {}
     for item in items:
         task, _, name = item.partition("=")
@@ -330,7 +331,7 @@ def read_scores(items, world):
 
 
 def choose_tasks(cfg, world, rank):
-    """--tasks, or all that have prompts. It says which were left out."""
+    """The tasks of --tasks, or all that have prompts. It prints which tasks are left out."""
     if cfg.tasks:
         return cfg.tasks
     tasks = world.tasks_with_prompts(cfg.split)
@@ -341,7 +342,7 @@ def choose_tasks(cfg, world, rank):
 
 
 def check(cfg, world, tasks, world_size):
-    """All that can be known to be wrong before any time is spent."""
+    """ValueError for all that can be known to be wrong before any time is spent."""
     for task in tasks:
         if task not in world.tasks or tasks.count(task) > 1:
             raise ValueError(f"--tasks {task}: expected some of {', '.join(world.tasks)}, "
@@ -360,7 +361,7 @@ def check(cfg, world, tasks, world_size):
 
 
 def specs_of(cfg, tasks, world):
-    """The rewards to take of each task's images: {task: spec}."""
+    """The rewards to compute for each task's images: {task: spec}."""
     specs = {}
     for task in tasks:
         names = [world.score[task], *cfg.also]
@@ -371,7 +372,7 @@ def specs_of(cfg, tasks, world):
 
 
 class Evaluation:
-    """The prompts of some tasks, and this rank's share of them."""
+    """Draws and scores images. It holds the prompts of all tasks, and this rank's share of them."""
 
     def __init__(self, cfg, model, world, tasks, times, rank, world_size):
         self.cfg = cfg
@@ -387,7 +388,7 @@ class Evaluation:
         self.bar = tqdm(total=n_images, desc="eval", unit="image", disable=rank > 0)
 
     def draw(self, policy, task, part):
-        """The images of prompts part (b,): (b, 3, H, W)."""
+        """The images (b, 3, H, W) of a task's prompts. part (b,): the indices of the prompts."""
         text = encode(self.model.text, [self.metas[task][j]["prompt"] for j in part])
         keys = [(self.cfg.seed, "eval", task, int(j)) for j in part]
         noise = draw_noise(keys, 0, self.model.latent_shape())[:, 0].to(self.times.device)
@@ -396,10 +397,10 @@ class Evaluation:
         return self.model.images(latents)
 
     def task(self, policy, task):
-        """One model on one task.
+        """Draw and score the images of one model on one task.
 
-        Returns the scores of all ranks' images {reward: (n,)}, cells for the picture
-        [(prompt, image, score)] and the diversity (None unless asked for).
+        Returns the scores of all ranks' images {reward: (n,)}, this rank's first cells for OUT.png
+        [(prompt, image, score)], and the diversity (None without --diversity).
         """
         judged, images, small = [], [], []
         for part in self.mine.split(self.cfg.batch):
@@ -408,7 +409,7 @@ class Evaluation:
             # The images are scored while the next ones are sampled.
             job = self.thread.submit(score, self.specs[task], drawn, batch, self.world)
             judged.append(job)
-            room = max(0, 4 * self.cfg.rows - len(images))        # the picture chooses of these
+            room = max(0, 4 * self.cfg.rows - len(images))        # OUT.png shows some of these
             images += list(drawn[:room].cpu())
             if self.cfg.diversity:
                 small.append(F.adaptive_avg_pool2d(drawn, 32))
@@ -429,7 +430,7 @@ class Evaluation:
 
 
 def every_mean(scores):
-    """{label: {"REWARD on TASK": mean and error}} of all that was scored, for the JSON."""
+    """All scores, for OUT.json: {label: {"REWARD on TASK": (mean, standard error)}}."""
     out = {}
     for label, tasks in scores.items():
         out[label] = {}
@@ -440,7 +441,10 @@ def every_mean(scores):
 
 
 def evaluate(run, policies, rank, world_size, start):
-    """Draw and score the prompts of all tasks by each model, and write the report."""
+    """Draw and score the prompts of all tasks with each model, and write the report.
+
+    run: an Evaluation; start: the time at which the command began.
+    """
     cfg = run.cfg
     model = run.model
     world = run.world
@@ -456,7 +460,7 @@ def evaluate(run, policies, rank, world_size, start):
 
     scores = {}                     # label -> task -> reward -> (n,)
     shown = {}                      # label -> task -> cells
-    diversity = {}                  # label -> task -> [mean, standard error, prompts]
+    diversity = {}                  # label -> task -> what spread() returns
     for label, policy in policies.items():
         scores[label], shown[label], diversity[label] = {}, {}, {}
         for task in tasks:
@@ -465,7 +469,7 @@ def evaluate(run, policies, rank, world_size, start):
     if rank > 0:
         return
 
-    own = {}                        # label -> task -> (n,), by the score of the task
+    own = {}                        # label -> task -> (n,), own reward only
     for label in scores:
         own[label] = {task: scores[label][task][world.score[task]] for task in tasks}
     results = {label: summarise(own[label], run.metas, world) for label in own}

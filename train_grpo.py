@@ -10,9 +10,9 @@ Stage 1: a teacher by Flow-GRPO. One reward makes a teacher. Several make GRPO-M
 A run that was stopped goes on where it was when the same command is given again. Its log and its
 resumable state are in runs/NAME/.
 
-One iteration: the policy samples G images a prompt by the SDE. A reward scores each final image,
-and each is compared with the others of its prompt. The steps that led to the better ones become
-more likely.
+One iteration: the policy samples G images per prompt with the SDE. A reward scores each final
+image, and each is compared with the others of its prompt. The steps that led to the better ones
+become more likely.
 
 Papers: Flow-GRPO arXiv 2505.05470, GRPO arXiv 2402.03300, PPO arXiv 1707.06347.
 """
@@ -52,17 +52,18 @@ from worlds.prompts import read_mix
 @dataclass
 class Config:
     # --- what
-    # The tasks to train on, one for a teacher, several for GRPO-Mix.
+    # The tasks to train on: one for a teacher, several for GRPO-Mix.
     tasks: list[str] = field(default_factory=lambda: ["geneval"])
     # The base: a safetensors file, SD3.5's folder, or its name on the hub.
     model: str = "ckpt/tiny.safetensors"
     # The folder of SD3.5's text encoders, if they are not beside the model.
     text_encoders: str = ""
-    # TASK=DIR: the prompts of that folder instead of the world's own (worlds/prompts.py).
+    # TASK=DIR: the task's prompts come from this folder, not from the world (worlds/prompts.py).
     prompts: list[str] = field(default_factory=list)
-    # TASK=N: how many prompts of each task (default: one each).
+    # TASK=N: the share of each task in the prompts, e.g. geneval=3 ocr=1 quality=1 (default:
+    # equal shares).
     ratio: list[str] = field(default_factory=list)
-    # How tasks take turns: iteration by iteration, as released, or prompt by prompt.
+    # How tasks take turns. batch: prompt by prompt; alternate: iteration by iteration, as released.
     mix: Literal["alternate", "batch"] = "alternate"
     # A reward for each task, such as "geneval=0.5,ocr=0.5" (default: the world's; in a mix 0.8 of
     # it and 0.2 of quality, as released).
@@ -75,17 +76,17 @@ class Config:
     out: str = ""
 
     # --- rollout
-    # Iterations, each one rollout of `batch` images.
+    # Number of iterations. Each has one rollout of --batch images.
     iters: int = 300
-    # Images an iteration, over all ranks.
+    # Images per iteration, over all ranks.
     batch: int = 96
-    # Images a prompt (G).
+    # Images per prompt (G).
     group: int = 12
     # Steps of a rollout (K).
     steps: int = 8
     # Steps FROM TO (exclusive) that take noise and are trained. The others follow the ODE.
     noisy: list[int] = field(default_factory=lambda: [0, 5])
-    # How noise is added.
+    # How a noisy step adds noise: sde (Flow-GRPO) or cps.
     rollout: Literal["sde", "cps"] = "sde"
     # Noise level.
     a: float = 0.7
@@ -95,7 +96,7 @@ class Config:
     # --- policy
     # Rank of the LoRA.
     lora_r: int = 16
-    # The scale of the LoRA is alpha / r.
+    # Alpha of the LoRA. Its scale is alpha / r.
     lora_alpha: float = 32.0
     # Train the whole transformer instead of an adapter.
     full: bool = False
@@ -109,33 +110,33 @@ class Config:
     adv_std: Literal["batch", "task", "group"] = "batch"
 
     # --- optimiser
-    # Learning rate of AdamW (default: LR below, by world, and lower with --full).
+    # Learning rate of AdamW (default: by world, and lower with --full; see LR in this file).
     lr: float | None = None
-    # Optimiser steps a rollout, each on its share of the batch.
+    # Optimiser steps per rollout, each on an equal share of the batch.
     updates: int = 1
-    # Images a forward pass, in rollouts and updates (memory).
+    # Images per forward pass, in rollouts and updates. Fewer need less memory.
     micro: int = 96
 
     # --- machine
-    # Keep fewer activations and compute them again (memory).
+    # Save memory: keep fewer activations, and compute them again in the backward pass.
     checkpointing: bool = False
     # Side of the images in pixels (default: 32 in the tiny world).
     size: int | None = None
-    # Tokens of SD3.5's T5, 128 or 256; or zeros, to leave it out.
+    # Tokens of SD3.5's T5: 128 or 256. The word zeros leaves T5 out.
     t5: str = ""
-    # Of the weights that do not learn.
+    # Dtype of the weights that do not learn.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Move reward networks to the CPU while the policy trains (memory).
     offload: bool = False
-    # Also write the result every so many iterations, as runs/NAME/adapter-ITER.
+    # Also write the result every KEEP iterations, as runs/NAME/adapter-ITER (0: never).
     keep: int = 0
     # Iterations between resumable states.
     save_every: int = 25
-    # torch.compile the blocks.
+    # Compile the blocks of the transformer with torch.compile.
     compile: bool = False
     # Seed of everything.
     seed: int = 0
-    # auto, cuda, mps or cpu.
+    # Device: auto, cuda, mps or cpu.
     device: str = "auto"
 
 
@@ -153,10 +154,10 @@ LR = {("tiny", False): 5e-4, ("tiny", True): 1e-5, ("sd3", False): 3e-4, ("sd3",
 
 
 def advantages(reward, task, group, adv_std):
-    """Is an image better than the others of its prompt?
+    """How much better is an image than the others of its prompt?
 
-    reward (B,) of all ranks, the images of a group in a row; task (B,) -> adv (B,), and signal
-    (B,), which is False where the rewards of a whole group are equal.
+    reward (B,): of all ranks, the images of a group one after another; task (B,). Returns adv (B,)
+    and signal (B,), which is False where all rewards of a group are equal.
     adv = (reward - mean of the group) / std, clipped to +-5. The std is of all rewards, of those of
     the same task, or of those of the group.
     """
@@ -174,7 +175,10 @@ def advantages(reward, task, group, adv_std):
 
 
 def check(cfg, world, world_size):
-    """All that can be known to be wrong before any time is spent. It fills in the default lr."""
+    """ValueError for all that can be known to be wrong before any time is spent.
+
+    It also fills in the default of lr.
+    """
     if cfg.lr is None:
         cfg.lr = LR.get((world.name, cfg.full), LR["tiny", cfg.full])
     cli.positive(cfg, "iters", "batch", "group", "steps", "a", "lora_r", "lora_alpha", "lr",
@@ -201,7 +205,7 @@ def check(cfg, world, world_size):
 
 
 def choose_rewards(cfg, world):
-    """{task: spec}: --reward, or the world's. In a mix 0.8 of that, and 0.2 of quality."""
+    """{task: spec}, from --reward. By default the world's, in a mix 0.8 of it + 0.2 of quality."""
     if cfg.reward:
         return {task: parse_reward(spec) for task, spec in zip(cfg.tasks, cfg.reward)}
     rewards = {task: parse_reward(world.reward[task]) for task in cfg.tasks}
@@ -323,14 +327,14 @@ def main(cfg):
         # 4. Update. Make the steps that led to better images more likely, near the base.
         grad_norm = 0.0
         for states in minibatches:
-            # Images without a signal are left out, so ranks have unequal numbers of states. Where
-            # none of a State has one, it is skipped; but each rank runs one, for the all-reduce.
+            # Images without a signal are left out, so ranks have unequal numbers of states. A State
+            # without any signal is skipped. But each rank runs at least one, for the all-reduce.
             n_states = dist.sync_sum(sum(my_signal[s.images].float().sum() for s in states))
             if n_states == 0:
                 continue
             states = [s for s in states if my_signal[s.images].any()] or states[-1:]
             for s in states:
-                dist.reduce_now(policy.net, s is states[-1])      # once an update
+                dist.reduce_now(policy.net, s is states[-1])      # once per update
                 with autocast:
                     v = policy(s.x, s.t, text.rows(s.images))
                     ratio = likelihood_ratio(v, s)

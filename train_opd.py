@@ -16,8 +16,8 @@ the prompt. The loss pulls the student's step there. No image is scored.
 
 How to pull is where the paper, its code and its followers differ. Fix a state x. The student goes
 to x_next ~ p_S(.|x), a Gaussian. The teacher's p_T has the same variance, so D = KL(p_S || p_T) is
-known in closed form: D = w(t) |v_S - v_T|^2. The objectives are losses at this x, which is a
-constant to the gradient, as v_T is; "sg" stops the gradient:
+known in closed form: D = w(t) |v_S - v_T|^2. The objectives are losses at this x. No gradient flows
+through x or v_T; "sg" stops the gradient too:
 
     objective               the loss, or A in -ratio A                  its expected gradient
     kl                      D                                           grad D, no variance at x
@@ -25,7 +25,7 @@ constant to the gradient, as v_T is; "sg" stops the gradient:
     pg, dense, step         A = sg(-D), the paper's text                0 while the ratio is 1
     pg, sampled, step       A = sg(log p_T(x_next) - log p_S(x_next))   grad D, plus noise
     pg, sampled, future     A = the sum of those from this step on      grad KL of the whole window
-    pg, dense, future       A = sg(-the sum of D from this step on)     that less the sum of grad D
+    pg, dense, future       A = sg(-the sum of D from this step on)     that minus the sum of grad D
     released                A = -D dt, not stopped, the released code   dt grad D, plus noise
 
 docs/method.md derives this table, and tests/test_objectives.py shows it on a policy whose
@@ -74,17 +74,18 @@ from worlds.prompts import read_mix
 @dataclass
 class Config:
     # --- what
-    # The teachers, one a task: PATH or TASK=PATH, in any form that checkpoints/ reads.
+    # The teachers, one per task: PATH or TASK=PATH, in any form that checkpoints/ reads.
     teachers: list[str] = field(default_factory=list)
     # The base: a safetensors file, SD3.5's folder, or its name on the hub.
     model: str = "ckpt/tiny.safetensors"
     # The folder of SD3.5's text encoders, if they are not beside the model.
     text_encoders: str = ""
-    # TASK=DIR: the prompts of that folder instead of the world's own (worlds/prompts.py).
+    # TASK=DIR: the task's prompts come from this folder, not from the world (worlds/prompts.py).
     prompts: list[str] = field(default_factory=list)
-    # TASK=N: how many prompts of each task (default: the world's, e.g. geneval=3 ocr=1 quality=1).
+    # TASK=N: the share of each task in the prompts, e.g. geneval=3 ocr=1 quality=1 (default: the
+    # world's).
     ratio: list[str] = field(default_factory=list)
-    # How tasks take turns: prompt by prompt, or iteration by iteration, as released.
+    # How tasks take turns. batch: prompt by prompt; alternate: iteration by iteration, as released.
     mix: Literal["alternate", "batch"] = "batch"
     # The task whose teacher anchors all prompts (default: the teacher that is marked so).
     anchor: str = ""
@@ -92,11 +93,11 @@ class Config:
     name: str = "opd"
 
     # --- rollout
-    # Iterations, each one rollout of `batch` images.
+    # Number of iterations. Each has one rollout of --batch images.
     iters: int = 100
-    # Images an iteration, over all ranks.
+    # Images per iteration, over all ranks.
     batch: int = 64
-    # Images a prompt (G).
+    # Images per prompt (G).
     group: int = 4
     # Steps of a rollout (K).
     steps: int = 8
@@ -104,9 +105,9 @@ class Config:
     noisy: list[int] = field(default_factory=lambda: [0, 5])
     # Steps FROM TO (exclusive) whose states are supervised (default: the noisy ones).
     supervised: list[int] = field(default_factory=list)
-    # Supervise only one of them a trajectory, drawn towards low noise: Beta(5, 2).
+    # Supervise only one of these steps per trajectory. Beta(5, 2) draws it, mostly at low noise.
     one: bool = False
-    # How noise is added; ode: not at all.
+    # How a noisy step adds noise: sde (Flow-GRPO) or cps. With ode no step does.
     rollout: Literal["sde", "cps", "ode"] = "sde"
     # Noise level.
     a: float = 0.7
@@ -119,7 +120,7 @@ class Config:
     init: str = "merge"
     # Rank of the LoRA, for --init none and truncate. The ranks of a merge add up.
     lora_r: int | None = None
-    # The scale of the LoRA is alpha / r, for --init none and truncate.
+    # Alpha of the LoRA, for --init none and truncate. Its scale is alpha / r.
     lora_alpha: float | None = None
     # Train the whole transformer instead of an adapter.
     full: bool = False
@@ -127,11 +128,11 @@ class Config:
     # --- loss
     # The loss at a state: one of OBJECTIVES, see above.
     objective: str = "kl"
-    # For pg, the reward of a step: dense is -D, sampled is the log-ratio of teacher and student.
+    # For pg: the reward of a step. dense is -D, sampled is log(p_T / p_S) at the sampled x_next.
     step_reward: Literal["dense", "sampled"] = "dense"
     # For pg: a step's own reward, or that of all supervised later steps too.
     credit: Literal["step", "future"] = "step"
-    # For pg and released, the clip range of PPO (look at clip_frac if --updates is above 1).
+    # For pg and released: clip range of PPO. With --updates above 1, watch clip_frac in the log.
     clip: float = 1e-4
     # What is compared. guided: the guided velocities; branches: those with and without the prompt;
     # fold: the student's with the prompt and the teacher's guided one. The student then needs no
@@ -145,32 +146,32 @@ class Config:
     lam: float = 0.02
 
     # --- optimiser
-    # Learning rate of AdamW (default: LR below, by world, and lower with --full). It decays
-    # linearly to zero.
+    # Learning rate of AdamW (default: by world, and lower with --full; see LR in this file).
+    # It decays linearly to zero.
     lr: float | None = None
-    # Optimiser steps a rollout, each on its share of the batch.
+    # Optimiser steps per rollout, each on an equal share of the batch.
     updates: int = 4
-    # Images a forward pass, in rollouts and updates (memory).
+    # Images per forward pass, in rollouts and updates. Fewer need less memory.
     micro: int = 96
 
     # --- machine
-    # Keep fewer activations and compute them again (memory).
+    # Save memory: keep fewer activations, and compute them again in the backward pass.
     checkpointing: bool = False
     # Side of the images in pixels (default: 32 in the tiny world).
     size: int | None = None
-    # Tokens of SD3.5's T5, 128 or 256; or zeros, to leave it out.
+    # Tokens of SD3.5's T5: 128 or 256. The word zeros leaves T5 out.
     t5: str = ""
-    # Of the weights that do not learn.
+    # Dtype of the weights that do not learn.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # Also write the student every so many iterations, as runs/NAME/student-ITER.
+    # Also write the student every KEEP iterations, as runs/NAME/student-ITER (0: never).
     keep: int = 0
     # Iterations between resumable states.
     save_every: int = 10
-    # torch.compile the blocks.
+    # Compile the blocks of the transformer with torch.compile.
     compile: bool = False
     # Seed of everything.
     seed: int = 0
-    # auto, cuda, mps or cpu.
+    # Device: auto, cuda, mps or cpu.
     device: str = "auto"
 
 
@@ -199,10 +200,10 @@ def pg(v, s, cfg):
 
 
 def released(v, s, cfg):
-    """The same with A = -D of this very forward pass, through which the gradient flows too.
+    """Like pg, but A = -D of this same forward pass, and the gradient flows through A too.
 
-    As released, D is divided by sigma_t^2 instead of sigma_t^2 dt. And A is (b, 1) beside a ratio
-    (b,), so each image gets the mean of its micro-batch, and --micro is part of the loss.
+    As released, D is divided by sigma_t^2 instead of sigma_t^2 dt. A is (b, 1) and the ratio (b,),
+    so each image gets the mean over its micro-batch. So --micro is part of the loss.
     """
     ratio = likelihood_ratio(v, s)
     adv = -(kl(v, s.v_target, s) * s.dt)[:, None]
@@ -219,7 +220,7 @@ SURROGATES = ("pg", "released")                     # those with a ratio, which 
 
 
 def checked(name):
-    """The objective of this name, with a check of what it gives: a mistake would train silently."""
+    """The objective of this name, plus a check of its result: a mistake would train silently."""
     objective = OBJECTIVES[name]
 
     def loss(v, s, cfg):
@@ -247,10 +248,10 @@ def step_reward(s, kind):
 def credited(reward, group, credit):
     """reward (B, S), steps in order -> adv (B, S).
 
-    A step gets its own reward, or the sum of its own and all later ones; less the mean of its group
-    at that step. The mean is a baseline: the other trajectories' part of it changes nothing on
-    average, its own 1/G shrinks the gradient to 1 - 1/G of it. With --one the states of a group are
-    at different steps, which makes a worse baseline.
+    A step gets its own reward, or the sum of its own and all later ones, minus the mean of its
+    group at that step. The mean is a baseline. The other trajectories' part of it changes nothing
+    on average. The trajectory's own part, 1/G, shrinks the gradient by the factor 1 - 1/G. With
+    --one, the states of a group are at different steps, so the baseline is worse.
     """
     adv = reward
     if credit == "future":
@@ -276,12 +277,12 @@ def credit_steps(states, mine, S, cfg):
 
 
 def choose(cfg, it, mine):
-    """Which steps are supervised: (B, S), in order. All of the window, or one a trajectory."""
+    """The supervised steps (B, S), in order: the whole window, or with --one S = 1."""
     first, end = cfg.supervised
     if not cfg.one:
         return torch.arange(first, end).expand(len(mine), -1)
     steps = []
-    for i in mine:                                  # a trajectory's own draw, whatever the ranks
+    for i in mine:                                  # the same for any number of ranks
         way = np.random.default_rng((cfg.seed, it, i, 5, 2)).beta(5, 2)
         steps.append([first + min(int(way * (end - first)), end - first - 1)])
     return torch.tensor(steps)
@@ -340,11 +341,12 @@ class Teachers:
         v = self.routed(x, t, text, task)
         n_tasks = len(self.tasks)
         blend = self.cfg.blend
-        if blend:                                   # v_target = sum_k alpha_k v_k, sum alpha = 1
+        if blend:                                   # sum_k alpha_k v_k with sum alpha = 1
             others = sum(self.routed(x, t, text, (task + k) % n_tasks) for k in range(1, n_tasks))
             v = (1 - blend) * v + blend * others / (n_tasks - 1)
         if self.cfg.extrapolate != 1:
-            # Gaussians of one variance: p_T^e p_base^(1 - e) is one again, with this mean.
+            # p_T and p_base are Gaussians of equal variance. So p_T^e p_base^(1 - e) is one too,
+            # up to a factor, and this velocity gives its mean (e: --extrapolate).
             v_base = self.base(x, t, text)
             v = v_base + self.cfg.extrapolate * (v - v_base)
         return v
@@ -354,7 +356,7 @@ class Teachers:
 
 
 def check(cfg, world, world_size):
-    """All that can be known to be wrong before any time is spent.
+    """ValueError for all that can be known to be wrong before any time is spent.
 
     It also fills in the defaults that depend on others: lr, supervised, lora_r and lora_alpha.
     """
@@ -388,7 +390,7 @@ def check(cfg, world, world_size):
 
 
 def check_prompts(cfg, world):
-    """Every task that the command line names must have prompts: known before anything is loaded."""
+    """ValueError if a task of the command line has no prompts. Nothing is loaded for this check."""
     if cfg.ratio:
         named = [item.partition("=")[0] for item in cfg.ratio if not item.endswith("=0")]
     else:
@@ -549,7 +551,7 @@ def main(cfg):
         for states in minibatches:
             n_states = sum(len(s.x) for s in states)              # the same on every rank
             for s in states:
-                dist.reduce_now(student.net, s is states[-1])     # once an update
+                dist.reduce_now(student.net, s is states[-1])     # once per update
                 with autocast:
                     v = student(s.x, s.t, text.rows(s.images))
                     loss = objective(v, s, cfg)                   # (b,), by default KL to target

@@ -1,16 +1,16 @@
 """
-A cold start by supervised fine-tuning: the student imitates pictures that the teachers drew.
+A cold start by supervised fine-tuning (SFT): a student learns from pictures of the teachers.
 
     python train_sft.py --teachers ckpt/*.pt                              # -> runs/sft/student.pt
     python train_opd.py --teachers ckpt/*.pt --init runs/sft/student.pt   # stage 2 from there
 
 The other cold start is the merge. This one is off policy: the student is trained on noised pictures
-of its teachers, and later sees states of its own that it never trained on. A run that was stopped
-goes on where it was. The teachers' pictures are kept in runs/NAME/samples.pt.
+of its teachers. Later it meets states of its own that it was never trained on. After a stop, the
+same command goes on where the run was. The teachers' pictures are kept in runs/NAME/samples.pt.
 
 Papers: Flow-OPD arXiv 2605.08063 (cold start). The loss is SD3's, arXiv 2403.03206:
-x_t = (1 - t) x_0 + t eps, |v - (eps - x_0)|^2, with logit-normal t. As in the released Flow-OPD
-(scripts/train_sd3_sft.py:802-810) the times then go through the schedule's shift of 3.
+|v(x_t, t) - (eps - x_0)|^2 with x_t = (1 - t) x_0 + t eps and logit-normal t. As in the released
+Flow-OPD (scripts/train_sd3_sft.py:802-810), the times then go through the schedule's shift of 3.
 """
 import math
 import time
@@ -36,23 +36,24 @@ from worlds.prompts import read_mix
 @dataclass
 class Config:
     # --- what
-    # The teachers, one a task: PATH or TASK=PATH, in any form that checkpoints/ reads.
+    # The teachers, one per task: PATH or TASK=PATH, in any form that checkpoints/ reads.
     teachers: list[str] = field(default_factory=list)
     # The base: a safetensors file, SD3.5's folder, or its name on the hub.
     model: str = "ckpt/tiny.safetensors"
     # The folder of SD3.5's text encoders, if they are not beside the model.
     text_encoders: str = ""
-    # TASK=DIR: the prompts of that folder instead of the world's own (worlds/prompts.py).
+    # TASK=DIR: the task's prompts come from this folder, not from the world (worlds/prompts.py).
     prompts: list[str] = field(default_factory=list)
-    # TASK=N: how many pictures of each teacher (default: the world's mix).
+    # TASK=N: the share of each teacher in the pictures, e.g. geneval=3 ocr=1 quality=1 (default:
+    # the world's).
     ratio: list[str] = field(default_factory=list)
     # Name of the run.
     name: str = "sft"
 
     # --- pictures
-    # Pictures by all teachers together.
+    # Number of pictures, by all teachers together.
     samples: int = 2000
-    # ODE steps of a picture.
+    # ODE steps per picture.
     steps: int = 20
     # Guidance scale of the teachers when they draw.
     guidance: float = 1.0
@@ -60,46 +61,46 @@ class Config:
     # --- student
     # Rank of the LoRA.
     lora_r: int = 16
-    # The scale of the LoRA is alpha / r.
+    # Alpha of the LoRA. Its scale is alpha / r.
     lora_alpha: float = 32.0
 
     # --- optimiser
-    # Optimiser steps.
+    # Number of iterations. Each is one optimiser step.
     iters: int = 300
-    # Pictures a step, over all ranks.
+    # Pictures per iteration, over all ranks.
     batch: int = 64
-    # Where times are drawn. schedule: logit t ~ N(ln 3, 1), as released; plain: N(0, 1).
+    # Distribution of the times t. schedule: logit t ~ N(ln 3, 1), as released; plain: N(0, 1).
     times: Literal["schedule", "plain"] = "schedule"
-    # Share of prompts that are left out in training, so that guidance keeps its other branch.
+    # Share of prompts that become the empty prompt in training. Guidance needs a branch for it.
     drop: float = 0.0
     # Learning rate of AdamW. It decays linearly to zero.
     lr: float = 1e-3
-    # Images a forward pass (memory).
+    # Images per forward pass. Fewer need less memory.
     micro: int = 96
 
     # --- machine
-    # Keep fewer activations and compute them again (memory).
+    # Save memory: keep fewer activations, and compute them again in the backward pass.
     checkpointing: bool = False
     # Side of the images in pixels (default: 32 in the tiny world).
     size: int | None = None
-    # Tokens of SD3.5's T5, 128 or 256; or zeros, to leave it out.
+    # Tokens of SD3.5's T5: 128 or 256. The word zeros leaves T5 out.
     t5: str = ""
-    # Of the weights that do not learn.
+    # Dtype of the weights that do not learn.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Iterations between resumable states.
     save_every: int = 100
-    # torch.compile the blocks.
+    # Compile the blocks of the transformer with torch.compile.
     compile: bool = False
     # Seed of everything.
     seed: int = 0
-    # auto, cuda, mps or cpu.
+    # Device: auto, cuda, mps or cpu.
     device: str = "auto"
 
 
 # Defaults that follow from --model.
 PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=40, guidance=4.5, drop=0.1,
                        samples=20000, iters=1000, lora_r=32, lora_alpha=64.0, lr=1e-4, micro=4)}
-# The options that the pictures depend on, and the teachers.
+# The settings that the teachers' pictures depend on.
 PICTURES = ("teachers", "samples", "steps", "guidance", "seed", "ratio", "prompts",
             "prompts_digest", "size", "t5")
 
@@ -112,9 +113,9 @@ def flow_loss(net, x_0, t, eps, text, adapter):
 
 
 def draw_times(rng, n, times):
-    """n times in (0, 1), float32.
+    """Draw n times in (0, 1), float32.
 
-    A shift of 3 takes t to 3 t / (1 + 2 t), which adds ln 3 to the logit of t.
+    A shift of 3 turns t into 3 t / (1 + 2 t). That adds ln 3 to the logit of t.
     """
     logit = torch.tensor(rng.standard_normal(n), dtype=torch.float32)
     if times == "schedule":
@@ -123,7 +124,7 @@ def draw_times(rng, n, times):
 
 
 def check(cfg, world_size):
-    """All that can be known to be wrong before any time is spent."""
+    """ValueError for all that can be known to be wrong before any time is spent."""
     cli.positive(cfg, "samples", "steps", "iters", "batch", "lora_r", "lora_alpha", "lr", "micro",
                  "save_every")
     if cfg.batch % world_size or cfg.samples % world_size:
@@ -134,9 +135,9 @@ def check(cfg, world_size):
 
 
 def draw_pictures(cfg, model, teachers, prompts, rank, world_size, device):
-    """Every teacher draws its own prompts: latents (samples, C, H, W) on the CPU, in their order.
+    """Every teacher draws the prompts of its task. Returns latents (samples, C, H, W) on the CPU.
 
-    Picture i is the same whatever the number of ranks.
+    They are in the order of the prompts. Picture i is the same for any number of ranks.
     """
     times = schedule(cfg.steps).to(device)
     shape = model.latent_shape()
@@ -152,7 +153,7 @@ def draw_pictures(cfg, model, teachers, prompts, rank, world_size, device):
             noise = draw_noise([(cfg.seed, "sft", mine[j]) for j in part], 0, shape)[:, 0]
             with torch.no_grad(), dist.autocast(device):
                 latents[part] = sample(policy, noise.to(device), text, times).cpu()
-    everyone = dist.gather(latents.to(device)).cpu()              # rank by rank
+    everyone = dist.gather(latents.to(device)).cpu()              # in rank order
     order = [torch.arange(r, cfg.samples, world_size) for r in range(world_size)]
     latents = torch.empty_like(everyone)
     latents[torch.cat(order)] = everyone
@@ -160,10 +161,10 @@ def draw_pictures(cfg, model, teachers, prompts, rank, world_size, device):
 
 
 def pictures(path, settings, rank, draw):
-    """The pictures that a stopped run has left in path, if they are of these settings, or new."""
+    """The pictures that a stopped run left in path, if its settings are these. Else new ones."""
     key = {name: settings[name] for name in PICTURES}
     kept = read_pt(path, ["latents", "settings"]) if path.exists() else {"settings": None}
-    # All ranks draw, or none: drawing gathers.
+    # Drawing gathers over the ranks. So all ranks draw, or none does.
     if all(dist.gather_objects(kept["settings"] == key)):
         return kept["latents"]
     latents = draw()
@@ -200,7 +201,7 @@ def main(cfg):
     autocast = dist.autocast(device)
     log = Log(folder, rank, settings, first)
 
-    # 1. Pictures. Every teacher draws its own prompts.
+    # 1. Pictures. Every teacher draws the prompts of its task.
     rng = np.random.default_rng((cfg.seed, 1))
     tasks = [pattern[i % len(pattern)] for i in range(cfg.samples)]
     prompts = [world.draw_prompt(rng, task, "train") for task in tasks]
@@ -215,7 +216,7 @@ def main(cfg):
 
     for it in tqdm(range(first, cfg.iters), initial=first, total=cfg.iters, disable=rank > 0):
         start = time.time()
-        # 2. A batch: the same draw on every rank, and each takes its own part of it.
+        # 2. A batch. Every rank draws the same one, and takes its own part of it.
         rng = np.random.default_rng((cfg.seed, 2, it))
         picked = rng.integers(cfg.samples, size=cfg.batch)
         drop = rng.random(cfg.batch) < cfg.drop
@@ -223,13 +224,13 @@ def main(cfg):
         asked = ["" if drop[i] else prompts[picked[i]]["prompt"] for i in range(cfg.batch)]
         mine = torch.arange(cfg.batch).chunk(world_size)[rank]
 
-        # 3. Update. The student's velocity at noised pictures, against the true one.
+        # 3. Update. Pull the student's velocity at noised pictures to the true one, eps - x_0.
         for param_group in opt.param_groups:
             param_group["lr"] = cfg.lr * (1 - it / cfg.iters)
         losses = []
         parts = mine.split(cfg.micro)
         for part in parts:
-            dist.reduce_now(student, part is parts[-1])           # once an update
+            dist.reduce_now(student, part is parts[-1])           # once per update
             keys = [(cfg.seed, "sft eps", it, int(i)) for i in part]
             eps = draw_noise(keys, 0, model.latent_shape())[:, 0].to(device)
             x_0 = latents[picked[part]].to(device)

@@ -1,18 +1,18 @@
 """
-What full size costs: SD3.5-Medium with random bfloat16 weights, through the scripts of a user.
+Time and memory at full size: SD3.5-Medium with random bfloat16 weights, run by the real scripts.
 
     python -m experiments.bench                       # -> results/fullsize-DEVICE-SIZE.json
     python -m experiments.bench --size 512 --device cuda --parts step opd
     python -m experiments.bench --parts rewards       # -> results/rewards-DEVICE.json
 
-Nothing here needs real weights. The first line makes the model (5.1 GB, once), loads it, and takes
-one guided step and one OPD update. The last gives images a second of every reward network at its
-published size.
+Nothing here needs real weights. The first command makes the model (5.1 GB, once) and loads it. Then
+it takes one guided step and one OPD update. The last command measures images per second of every
+reward network at its published size.
 
-The text encoders have two layers (random_sd3.py), so no time or memory of T5-XXL is in these
-numbers. Peak memory is read from /proc every 20 ms: "anonymous" is what the process allocated,
-"file" what it mapped (clean pages, which the kernel may drop). On a GPU it is torch's own peak. Run
-nothing beside it.
+The text encoders have only two layers (random_sd3.py). So these numbers contain no time or memory
+of T5-XXL. Peak memory is read from /proc every 20 ms: "anonymous" is what the process allocated,
+"file" is what it mapped (clean pages, which the kernel may drop). GPU memory is torch's own peak.
+Run nothing else on the machine meanwhile.
 """
 import json
 import os
@@ -37,19 +37,19 @@ PARTS = ["load", "step", "opd", "rewards"]
 
 @dataclass
 class Config:
-    # What to measure: load, step, opd; or rewards, which stands alone.
+    # What to measure: some of load, step and opd; or rewards. With rewards the others are left out.
     parts: list[str] = field(default_factory=lambda: ["load", "step", "opd"])
-    # For rewards: which (default: all that have weights).
+    # For --parts rewards: the rewards to measure (default: all that have a network of their own).
     names: list[str] = field(default_factory=list)
     # Side of the images in pixels.
     size: int = 256
-    # CPU threads.
+    # Number of CPU threads.
     threads: int = os.cpu_count()
-    # Where it runs.
+    # Device: cpu or cuda.
     device: Literal["cpu", "cuda"] = "cpu"
-    # Where the model is made, and found.
+    # Folder of the model. The model is made there if it is missing.
     folder: str = "runs/sd3.5-medium-random"
-    # File of the results (default: in results/, see above).
+    # File of the results (default: a file in results/, see above).
     out: str = ""
 
 
@@ -66,7 +66,7 @@ def memory_of(process):
 
 
 def watch(command, threads):
-    """Run python with these arguments. Returns its output, and seconds and peak memory."""
+    """Run python with these arguments. Returns its output, and its seconds and peak memory."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
            "PYTHONPATH": str(ROOT)}
     peak = {"anonymous": 0, "file": 0, "both": 0}
@@ -79,7 +79,7 @@ def watch(command, threads):
                 anonymous, file = memory_of(process)
                 for kind, gb in zip(peak, (anonymous, file, anonymous + file)):
                     peak[kind] = max(peak[kind], gb)
-            except (KeyError, OSError):                 # it has just ended
+            except (KeyError, OSError):                 # the process has just ended
                 pass
             time.sleep(0.02)
         seconds = time.time() - start
@@ -91,7 +91,7 @@ def watch(command, threads):
     return output, {"seconds": round(seconds, 1), "peak GB": peak}
 
 
-# Loads the model, then reads every weight.
+# A program that loads the model, then reads every weight of the transformer.
 LOAD = """
 import time, torch
 from model import load_mmdit
@@ -106,7 +106,7 @@ start = time.time()
 total = sum(float(p.float().sum()) for p in net.parameters())
 print("TOUCHED", time.time() - start)
 """
-# A script itself, with a line on the GPU's peak memory at the end.
+# A program that runs a script, and prints the GPU's peak memory at the end.
 SCRIPT = """
 import runpy, sys, torch
 sys.argv = {argv}
@@ -124,7 +124,7 @@ def script(name, *options):
 
 
 def line_of(output, word):
-    """What stands behind a word at the beginning of a line of the output."""
+    """The words that follow the first one, in the first line that starts with word."""
     for line in output.splitlines():
         if line.startswith(word):
             return line.split()[1:]
@@ -152,9 +152,9 @@ def measure_load(cfg, file, dtype):
 
 
 def measure_step(cfg, common):
-    """Two runs, with one and with three steps, tell how long a step takes.
+    """Seconds of a step: the difference between runs of three steps and of one, divided by 2.
 
-    The first of all encodes the prompt and leaves it on the disk, so it is not counted.
+    One more run goes first and is not counted: it encodes the prompt and leaves it on the disk.
     """
     seen = {}
     for steps in (1, 1, 3):
@@ -168,7 +168,10 @@ def measure_step(cfg, common):
 
 
 def measure_opd(cfg, common, folder):
-    """One iteration, one image a teacher; two steps, one of them with noise and supervised."""
+    """One iteration on two images, one for each of two teachers; quality is only the anchor.
+
+    A rollout has two steps. One of them is noisy and supervised.
+    """
     name = f"bench-{os.getpid()}"
     teachers = [f"{task}={folder / task}" for task in random_sd3.TASKS]
     command = script("train_opd.py", *common, "--teachers", *teachers, "--anchor", "quality",
@@ -182,9 +185,10 @@ def measure_opd(cfg, common, folder):
 
 
 def reward_networks():
-    """{reward: the function that makes its network}, of all whose weights are published.
+    """{reward: the function that makes its network}, for all rewards with published weights.
 
-    GenEval and OCR ask their world; in SD3.5's, two networks answer. Judges are served elsewhere.
+    In the world of SD3.5 two networks score GenEval and OCR. Judges that run on a server are left
+    out.
     """
     from experiments.random_scorers import RANDOM  # imports much of transformers
     networks = {"geneval": RANDOM["geneval.Detector"], "ocr": RANDOM["ocr.Reader"]}
@@ -194,13 +198,13 @@ def reward_networks():
     return networks
 
 
-# Reward -> its name in the results, where it says more.
+# Reward -> a clearer name for it in the results.
 LABELS = {"geneval": "geneval detector", "ocr": "ocr reader (server)", "deqa": "deqa (bfloat16)"}
 
 
 @torch.no_grad()
 def measure_reward(name, make, device):
-    """Images a second at batch 8, 512 x 512, after one image to warm up.
+    """Images per second at batch 8, 512 x 512, after one image to warm up.
 
     make: one of reward_networks().
     """
@@ -247,7 +251,7 @@ def bench_rewards(cfg):
     out = Path(cfg.out or ROOT / f"results/rewards-{cfg.device}.json")
     torch.set_num_threads(cfg.threads)
     measured = {}
-    if out.exists() and cfg.names:                      # the others keep their numbers
+    if out.exists() and cfg.names:                      # keep the numbers of the others
         measured = json.loads(out.read_text())["rewards"]
     for name in cfg.names or networks:
         label = LABELS.get(name, name)

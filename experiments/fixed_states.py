@@ -1,8 +1,8 @@
 """KL of every model to the teachers, at the SAME states for all.
 
-Two sets of states, on held-out prompts: trajectories of the base, and of the prompt's own teacher.
-They are those of a training rollout: the SDE and its five noisy steps. "Own" is one of the shipped
-teachers, so the second ones and their students have no place here.
+There are two sets of states, on held-out prompts. One is visited by the base, the other by the
+teacher of the prompt's task. The rollout is that of training: the SDE and its five noisy steps.
+The teachers are the shipped ones. So the second teachers and their students are not measured.
 """
 import json
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Fixed:
 
 @torch.no_grad()
 def fixed_states(model, world, per_task):
-    """A list of Fixed, with the velocity of the task's teacher as the target of each state."""
+    """A list of Fixed. The v_target of each state is the velocity of the task's teacher."""
     sampler = Sampler(schedule(STEPS), "sde", NOISE_LEVEL, NOISY)
     images = torch.arange(per_task)
     steps = torch.tensor(NOISY).expand(per_task, -1)    # (per_task, 5)
@@ -56,7 +56,7 @@ def fixed_states(model, world, per_task):
 
 @torch.no_grad()
 def distances(policy, fixed):
-    """{set of states: {task: KL to its teacher}}, nats per latent element and step."""
+    """{set of states: {task: mean KL to its teacher}}, in nats per latent element and step."""
     steps = {}
     for one in fixed:
         v = policy(one.state.x, one.state.t, one.text)
@@ -69,9 +69,9 @@ def distances(policy, fixed):
 
 
 def measure(file, checkpoints, per_task=60):
-    """Add the distances of checkpoints ({job: path or "base"}) to the JSON file.
+    """Measure the distances of checkpoints ({job: path or "base"}), and add them to the JSON file.
 
-    per_task: prompts of each task. Jobs that are in the file already are not measured again.
+    per_task: prompts per task. Jobs that are in the file already are not measured again.
     """
     done = json.loads(file.read_text()) if file.exists() else {}
     todo = {job: path for job, path in checkpoints.items() if job not in done}

@@ -4,17 +4,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Two-sided 95% points of Student's t: number of values -> point, with one degree of freedom less.
+# Number n of values -> two-sided 95% point of Student's t with n - 1 degrees of freedom.
 T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-T95_MORE = 2.2                                          # for more values
+T95_MORE = 2.2                                          # for more than 10 values, about
 
 
 class Interval(NamedTuple):
     mean: float
-    half: float                                         # half of its width; nan for one seed
+    half: float                                         # half of the width; nan for one seed
 
     def show(self, form=".3f"):
-        """"mean ± half", or the bare mean of one seed."""
+        """"mean ± half", or only the mean if there is one seed."""
         text = f"{self.mean:{form}}"
         if math.isnan(self.half):
             return text
@@ -22,7 +22,7 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values):
-    """The mean of values (S,), one a seed."""
+    """The mean of values (S,), one per seed, with its 95% interval."""
     values = np.array(values, float)
     mean = float(values.mean())
     n = len(values)
@@ -33,9 +33,10 @@ def mean_interval(values):
 
 
 def ratio_interval(above, below):
-    """sum(above) / sum(below), both (S,) over seeds. For (T, S), the mean of the T ratios.
+    """The ratio sum(above) / sum(below), with its interval. above, below: (S,), one per seed.
 
-    The interval is that of the mean of (above - ratio * below) / mean(below).
+    With (T, S) it is the mean of the T ratios. The interval is that of the mean of
+    (above - ratio * below) / mean(below).
     """
     above = np.atleast_2d(np.array(above, float))
     below = np.atleast_2d(np.array(below, float))

@@ -1,53 +1,54 @@
 """The plan: which job runs which command.
 
-A job is a training run and the evaluation of its result. Some only evaluate a checkpoint, or the
-snapshots of another run. A name that ends in -sN is the job with seed N. The shipped teachers
-(ckpt/) teach.
+A job is a training run and the evaluation of its result. Some jobs only evaluate a checkpoint, or
+the snapshots of another run. A job's name ends in -sN, where N is its seed. The teachers are the
+shipped ones (ckpt/), except where the text says "second".
 
 Parts:
-    cost         the teachers once more, with snapshots on the way, and students of theirs
-    main         what the main table compares
-    seesaw       GRPO on several rewards, in other ways
+    cost         the second teachers, trained like the first, with snapshots; and their students
+    main         the models that the main table compares
+    seesaw       other settings of GRPO on several rewards
     mar, cold, objectives, states, beyond      variants at half of the default's budget
-    curves       the snapshots of main and cost, evaluated
+    curves       evaluation of the snapshots of main and cost
     fixed        KL to the teachers at the same states for all (fixed_states.py)
 
-A variant gets the forward passes of the default (passes.py). A cold start by SFT costs passes of
-its own; they come on top, and are in the tables.
+A variant gets as many forward passes as the default (passes.py). The passes of a cold start by SFT
+are not part of that budget. The main table and the cost table add them.
 """
 import math
 from dataclasses import dataclass
 
 TASKS = ("geneval", "ocr", "quality")
 TEACHERS = {task: f"ckpt/{task}.pt" for task in TASKS}
-# The second teachers. The part cost makes them.
+# The second teachers, which the part cost trains.
 SECOND = {f"{task}-second": f"runs/rep-{task}-again-s1/adapter.pt" for task in TASKS}
 
-# Forward passes: of distillation with its defaults (100 iterations of 64 images, 33 passes each),
-# and of an image in GRPO.
+# Forward passes of a whole distillation with its defaults (100 iterations of 64 images, 33 passes
+# per image), and of one image in GRPO.
 BUDGET = 100 * 64 * 33
 GRPO_PASSES = 28
 # Images that the three shipped teachers were trained on.
 TEACHER_IMAGES = 250 * 192 + 225 * 96 + 50 * 96
-# Images whose GRPO costs as much as those teachers and the distillation together.
+# Number of images on which GRPO costs as much as those teachers and the distillation together.
 WHOLE = TEACHER_IMAGES + BUDGET / GRPO_PASSES
 
-# Seconds on two cores, to plan with. Training is meant with --compile; without, it is slower.
+# Estimated seconds on two CPU cores. Those of training are with --compile; without it they are
+# multiplied by WITHOUT_COMPILE.
 SECONDS_OPD = 200
 SECONDS_SFT = 120                                       # of 300 iterations
 SECONDS_GRPO_IMAGE = 16 / 1000
-SECONDS_EVAL = 50                                       # of three tasks, twice
+SECONDS_EVAL = 50                                       # of three tasks, on both splits
 WITHOUT_COMPILE = 1.5
 
 
 # ------------------------------------------------------------------ commands
 
-# Of the several updates a rollout only the first has ratio 1. The paper's clip of 1e-4 would stop
-# the others, so it is off here, or there is only one update.
+# A rollout has several updates, and only in the first is the ratio 1. The paper's clip of 1e-4
+# would stop the others. So a run turns clipping off, or makes one update per rollout.
 NO_CLIP = "--clip 1"
-# Without the anchor, whose weight beside the loss would differ from objective to objective.
+# No anchor: its weight relative to the loss would differ from objective to objective.
 ALONE = "--lam 0"
-# A tenth of the default's rate, which is too high for the noise of a policy gradient.
+# A tenth of the default learning rate. The default is too high for a noisy policy gradient.
 SLOW = "--lr 3e-4"
 PG = "--objective pg"
 SAMPLED = "--step-reward sampled"
@@ -59,24 +60,24 @@ RANK_16 = "--lora-r 16 --lora-alpha 16"
 
 
 def opd(options="", passes=33, budget=BUDGET, teachers=TEACHERS):
-    """Stage 2, for as many iterations as the budget pays for.
+    """The command of stage 2, with as many iterations as the budget allows.
 
-    passes: of one image; budget: of the whole run.
+    passes: forward passes of one image; budget: forward passes of the whole run.
     """
     iters = round(budget / passes / 64)
     return f"train_opd.py --teachers {' '.join(teachers.values())} --iters {iters} {options}"
 
 
 def half(options="", passes=33):
-    """Stage 2 at half of the default's budget, where a slower variant still shows."""
+    """Stage 2 at half of the default's budget, where a slower variant is still behind."""
     return opd(options, passes, BUDGET / 2)
 
 
 def mix(images, tasks=TASKS, options=""):
-    """One GRPO run on several rewards, for so many images.
+    """The command of one GRPO run on several rewards, with this number of images.
 
-    The results in the repository are of tasks that are mixed in every batch, each with its own
-    reward alone. The released mix, now the default, alternates and adds 0.2 of quality.
+    For the results in the repository, every batch mixes the tasks, and each task has only its own
+    reward. The released mix, now the default, alternates tasks and adds 0.2 of quality.
     """
     share = {"geneval": 3, "ocr": 1, "quality": 1}
     own = {"geneval": "geneval=0.5,geneval_strict=0.5", "ocr": "ocr", "quality": "quality"}
@@ -88,12 +89,12 @@ def mix(images, tasks=TASKS, options=""):
 
 
 def sft(options=""):
-    """Imitation, with the times of the results in the repository (not the released ones)."""
+    """The command of SFT. The results in the repository have plain times, not the released ones."""
     teachers = " ".join(TEACHERS.values())
     return f"train_sft.py --teachers {teachers} --times plain {RANK_48} {options}"
 
 
-# part -> job -> its training command. "{seed}" stands for the seed of the job.
+# Part -> job -> its training command, where "{seed}" stands for the seed of the job.
 TRAINED = {
     "cost": {
         "quality-again": "train_grpo.py --tasks quality --iters 50 --keep 5",
@@ -106,14 +107,14 @@ TRAINED = {
         "opd-merge": opd("--keep 5"),
         "sft": sft(),
         "opd-sft": opd(f"{FROM_SFT} --keep 5"),
-        # Off policy, with the compute of distillation.
+        # SFT (off policy) with the compute of distillation.
         "sft-equal": sft("--samples 4320 --iters 650"),
         "mix-small": mix(BUDGET / GRPO_PASSES),
         "mix-whole": mix(WHOLE),
         "mix-whole-group": mix(WHOLE, options="--adv-std group"),
     },
     "seesaw": {
-        # A task whose rewards differ little weighs as much as the others.
+        # With --adv-std group, a task whose rewards differ little weighs as much as the others.
         "mix-group": mix(BUDGET / GRPO_PASSES, options="--adv-std group"),
         "mix-geneval-ocr": mix(48000, ("geneval", "ocr")),
     },
@@ -139,16 +140,17 @@ TRAINED = {
         "half-pg-sampled-slow-lam0": half(f"{PG} {SAMPLED} {NO_CLIP} {ALONE} {SLOW}", passes=28),
         "half-pg-sampled-future-slow-lam0":
             half(f"{PG} {SAMPLED} {FUTURE} {NO_CLIP} {ALONE} {SLOW}", passes=28),
-        # The default's rate, to see its effect on a policy gradient.
+        # The default learning rate, to see its effect on a policy gradient.
         "half-pg-dense-lam0": half(f"{PG} {NO_CLIP} {ALONE}", passes=28),
         "half-pg-sampled-lam0": half(f"{PG} {SAMPLED} {NO_CLIP} {ALONE}", passes=28),
-        # As printed: with the anchor; and with one update the ratio is 1, inside the clip range.
+        # As the paper prints it, with the anchor. With one update the ratio is 1, so the clip does
+        # nothing.
         "half-paper": half(f"{PG} --updates 1"),
         "half-paper-slow": half(f"{PG} --updates 1 {SLOW}"),
     },
     "states": {
         "half-cps": half("--rollout cps"),
-        # The default's states, but without noise.
+        # The same steps are supervised as by default, but the rollout has no noise.
         "half-ode": half(f"{ODE} --supervised 0 5"),
         "half-ode-all": half(ODE, passes=48),
         "half-all": half("--noisy 0 8", passes=48),
@@ -160,12 +162,12 @@ TRAINED = {
         "half-blend": half("--blend 0.1", passes=43),
     },
 }
-# part -> job -> a checkpoint that is only evaluated.
+# Part -> job -> a checkpoint that is only evaluated.
 READY = {
     "cost": {**SECOND, "merge-second": "runs/rep-opd-second-s{seed}/init.pt"},
     "main": {"base": "base", **TEACHERS, "merge": "runs/rep-opd-merge-s{seed}/init.pt"},
 }
-# run -> the iterations whose snapshots are evaluated. This is the part curves.
+# Run -> the iterations whose snapshots the part curves evaluates.
 SNAPSHOTS = {
     "quality-again": (5, 10, 20, 30, 40),
     "ocr-again": (25, 50, 100, 150, 200),
@@ -185,15 +187,15 @@ class Job:
     part: str
     seed: int
     checkpoints: dict                                   # label -> checkpoint to evaluate
-    seconds: float                                      # on two cores
-    command: tuple = ()                                 # of the training; (): there is none
-    # Of an evaluation of snapshots: the job that wrote them, and the tasks.
+    seconds: float                                      # estimated, on two cores
+    command: tuple = ()                                 # of training; (): no training
+    # Only for the evaluation of snapshots: the job that wrote them, and the tasks to evaluate.
     source: str = ""
     tasks: tuple = TASKS
 
 
 def trained(name, part, seed, text, compile):
-    """The job of a training command."""
+    """The Job that runs a training command (text) and evaluates its result."""
     run = f"rep-{name}-s{seed}"
     command = [*text.replace("{seed}", str(seed)).split(), "--seed", str(seed), "--name", run]
     result = f"runs/{run}/student.pt"
@@ -207,7 +209,7 @@ def trained(name, part, seed, text, compile):
 
 
 def snapshots(run, seed):
-    """The job that evaluates the snapshots of a run; a teacher's on its own task."""
+    """The Job that evaluates the snapshots of a run. A teacher is evaluated only on its task."""
     teacher = run.endswith("again")
     file = "adapter" if teacher else "student"
     tasks = (run.removesuffix("-again"),) if teacher else TASKS
@@ -217,7 +219,7 @@ def snapshots(run, seed):
 
 
 def seeds_of(name, seeds, grpo_seeds):
-    """The seeds that a job of the plan is run with."""
+    """The seeds with which the plan runs this job."""
     if name.endswith("again"):
         return [1]
     if name in ("half-pg-dense-lam0", "half-pg-sampled-lam0", "half-paper-slow"):
@@ -230,7 +232,7 @@ def seeds_of(name, seeds, grpo_seeds):
 def plan(seeds=(0, 1, 2), grpo_seeds=(0,), compile=False):
     """{name: Job}, in the order in which they run.
 
-    grpo_seeds: of the long runs on several rewards.
+    grpo_seeds: the seeds of the long GRPO runs on several rewards.
     """
     jobs = {}
     for part in TRAINED:
@@ -248,7 +250,7 @@ def plan(seeds=(0, 1, 2), grpo_seeds=(0,), compile=False):
 
 
 def commands():
-    """{job without its seed: its training command, of any of its seeds}."""
+    """{job without its seed: its training command, with the last of its seeds}."""
     found = {}
     for name, job in plan().items():
         if job.command:
@@ -257,14 +259,14 @@ def commands():
 
 
 def option(command, flag, default):
-    """The whole number behind a flag of a command."""
+    """The integer after a flag of a command, or the default."""
     if flag not in command:
         return default
     return int(command[command.index(flag) + 1])
 
 
 def training_seconds(name, command):
-    """Seconds of a training command on two cores."""
+    """Estimated seconds of a training command on two cores."""
     iters = option(command, "--iters", 300)
     if command[0] == "train_grpo.py":
         seconds = iters * option(command, "--batch", 96) * SECONDS_GRPO_IMAGE

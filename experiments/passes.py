@@ -1,10 +1,10 @@
 """Compute, counted in forward passes of the network for one image.
 
 A backward pass counts as two. Scoring and the VAE are left out. With the defaults:
-    GRPO           28 an image: 8 rollout steps; on each of the 5 trained ones the policy (1 + 2)
-                   and the reference (1)
-    distillation   33 an image: 8 rollout steps; on each of the 5 supervised ones the teacher (1),
-                   the anchor (1) and the student (1 + 2)
+    GRPO           28 per image: 8 rollout steps; for each of the 5 trained steps, the policy
+                   (1 + 2) and the reference (1)
+    distillation   33 per image: 8 rollout steps; for each of the 5 supervised steps, the teacher
+                   (1), the anchor (1) and the student (1 + 2)
 """
 import train_grpo
 import train_opd
@@ -13,7 +13,7 @@ from plumbing import cli
 
 
 def sft_passes(cfg):
-    """The teachers draw the pictures; then each iteration is an update on a batch."""
+    """A picture takes a pass per step of its teacher. An image of a batch takes 1 + 2."""
     return cfg.samples * cfg.steps + cfg.iters * cfg.batch * 3
 
 
@@ -50,7 +50,7 @@ def opd_passes(cfg):
 
 
 def passes(command):
-    """Forward passes of a training command, by its options."""
+    """The forward passes of a training command, computed from its options."""
     script, *options = map(str, command)
     if script == "train_sft.py":
         return sft_passes(cli.parse(train_sft.Config, options))

@@ -1,4 +1,4 @@
-"""The picture: curves against compute, and the variants at half of the budget."""
+"""The plot of the results: curves over compute, and the variants at half of the budget."""
 import math
 
 import numpy as np
@@ -15,7 +15,7 @@ STYLES = {"geneval-again": "--", "ocr-again": "--", "quality-again": "--",
 
 
 def draw_curves(axes, found):
-    """Part of the teacher's gain against forward passes."""
+    """Plot the part of the teacher's gain that a run has reached, over its forward passes."""
     plan = commands()
     for name, style in STYLES.items():
         if f"curve-{name}" not in found:
@@ -39,7 +39,10 @@ def draw_curves(axes, found):
 
 
 def draw_variants(axes, found):
-    """Average score minus the default's: a point and its interval, and a tick a seed."""
+    """Plot each variant's average score minus the default's.
+
+    A point with a bar is the mean over seeds and its interval. Each tick is one seed.
+    """
     names = [name for name in found if name.startswith("half-")]
     names.sort(key=lambda name: -PARTS.index(part_of(found, name)))
     default = found.get("half", {})
@@ -59,7 +62,7 @@ def draw_variants(axes, found):
 
 
 def plot(out):
-    """Draw OUT.png from the results in the folder out. Nothing else needs matplotlib."""
+    """Draw OUT.png from the results in the folder out. Only this function needs matplotlib."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

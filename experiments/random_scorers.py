@@ -1,4 +1,4 @@
-"""The reward networks of scorers/, of their published size, with random weights."""
+"""The reward networks of scorers/ in their published sizes, with random weights."""
 import functools
 import tempfile
 from pathlib import Path
@@ -33,7 +33,7 @@ from scorers.pixels import to_pil
 
 
 def bare(cls, net, device, dtype=torch.float32, **attributes):
-    """A scorer without its weights: its net as it was initialised."""
+    """A scorer of class cls that loads no weights. Its net keeps the weights that it has."""
     scorer = object.__new__(cls)
     scorer.net = net.eval().requires_grad_(False).to(device, dtype)
     vars(scorer).update(attributes)
@@ -67,7 +67,7 @@ def clip_huge():
 
 
 def score_head():
-    """The head of the aesthetic predictor and of ImageReward."""
+    """The head that the aesthetic predictor and ImageReward both have."""
     sizes = [768, 1024, 128, 64, 16, 1]
     return nn.Sequential(*(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])))
 
@@ -117,7 +117,7 @@ def imagereward(device, dtype):
 
 
 def deqa(device, dtype):
-    """In bfloat16, 16 GB: float32 would not fit the machine that this was written for."""
+    """It is in bfloat16 (16 GB). In float32 it did not fit the machine that it was written on."""
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
               "num_attention_heads": 16, "image_size": 448, "patch_size": 14,
               "layer_norm_eps": 1e-6}
@@ -153,9 +153,9 @@ def detector(device, dtype):
 
 
 class TwoLines(Reader):
-    """Reads two lines of text in each image.
+    """A Reader that always reads two lines of text in each image.
 
-    How many boxes random weights see means nothing, so the text detector runs and is not believed.
+    The text detector runs, but its result is ignored: with random weights it means nothing.
     """
 
     def __call__(self, images, prompts):
@@ -168,7 +168,7 @@ class TwoLines(Reader):
 
 
 def intraclass_blocks():
-    """The part of the text detector's config that has no default in transformers."""
+    """The intraclass_block_config of the text detector, which has no default in transformers."""
     config = {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]}
     for name, k in (("long", 7), ("mid", 5), ("short", 3)):
         config[f"vertical_long_to_small_conv_{name}ratio"] = [[k, 1], [1, 1], [k // 2, 0]]
@@ -185,8 +185,8 @@ def reader(device, dtype):
     return bare(TwoLines, net, device, characters=["a"] * 18385)
 
 
-# Where a scorer is (see scorers.get) -> a function (device, dtype) that makes its random twin.
-# Those that take no dtype compute in the one they are written for.
+# Name of a scorer (see scorers.get) -> function (device, dtype) that makes it with random weights.
+# Some functions ignore dtype, because their scorer computes in a fixed one.
 RANDOM = {
     "clip.PickScore": pickscore,
     "clip.CLIPScore": clipscore,

@@ -1,7 +1,7 @@
-"""SD3.5-Medium of the published size, with random weights, in a folder as published.
+"""SD3.5-Medium in its published size, with random weights, in a folder like the published one.
 
-The transformer and the VAE have all their layers. The text encoders have the published widths but
-two layers: they run once a prompt and are gone before training.
+The transformer and the VAE have all their layers. The text encoders have the published widths, but
+only two layers: they run once per prompt and are unloaded before training.
 """
 import sys
 from pathlib import Path
@@ -20,21 +20,24 @@ FILE = "sd3.5_medium.safetensors"
 
 
 def write_tokenizers(folder):
-    """Small tokenizers in the published form. Returns their sizes, of CLIP's and of T5's."""
+    """Write small tokenizers in the published form. Returns the vocabulary sizes of CLIP and T5."""
     sys.path.insert(0, str(TESTS))
     import mini_sd3
     return mini_sd3.write_tokenizers(folder)
 
 
 def random_weights(net, prefix, generator):
-    """Weights of a net without memory, so scaled that signals neither vanish nor explode."""
+    """Random bfloat16 weights for a net on the meta device: {prefix + name: tensor}.
+
+    They are scaled so that signals neither vanish nor explode.
+    """
     tensors = {}
     for name, like in net.state_dict().items():
         scale = 0.02
         if like.dim() > 1:
             scale = 0.5 * like[0].numel() ** -0.5
         weight = torch.randn(like.shape, generator=generator) * scale
-        if like.dim() == 1 and name.endswith("weight"):         # of a norm: around 1
+        if like.dim() == 1 and name.endswith("weight"):         # of a norm: about 1
             weight += 1
         tensors[prefix + name] = weight.bfloat16()
     return tensors
@@ -74,4 +77,4 @@ def make(folder):
         adapter = random_adapter(mmdit, generator)
         write_peft(folder / task, adapter, "stabilityai/stable-diffusion-3.5-medium")
     write_text_encoders(folder)
-    write_tensors(folder / FILE, tensors)               # last: a folder with it is whole
+    write_tensors(folder / FILE, tensors)               # last, so it marks a whole folder

@@ -1,19 +1,19 @@
 """
-The paper's findings on the tiny world, with seeds and error bars: all runs, then the tables.
+Reproduce the paper's findings on the tiny world, with seeds and error bars: runs, then tables.
 
     python -m experiments.reproduce --dry-run                   # what would run, and how long
     python -m experiments.reproduce                             # all of it
     python -m experiments.reproduce --parts main mar --seeds 0 1 2
     python -m experiments.reproduce --tables                    # only the tables, from the results
 
-A run that was stopped goes on where it was when the same command is given again. jobs.py has the
-plan. A model is evaluated on held-out prompts (600 images a task; the seed of the noise is the seed
-of the training, so jobs of one seed are compared image by image). It is evaluated on training
-prompts too (150 a task), to choose settings by.
+After a stop, the same command goes on where the run was. jobs.py has the plan. Each model is
+evaluated on held-out prompts, 600 images per task. The seed of their noise is the seed of training,
+so models with the same seed draw from the same noise. Each model is also evaluated on training
+prompts, 150 images per task. Settings are chosen by those scores.
 
-The numbers of a job go to results/reproduce/JOB.json with its command, seed, commit and seconds.
-A job whose file is there is not run again. The folder in the repository is full, so give --out
-another one to run all afresh. Seconds in the cost table are from runs with --alone.
+The numbers of a job go to results/reproduce/JOB.json, with its command, seed, commit and seconds.
+A job whose file is there is not run again. The repository contains the files of all jobs: give
+another --out to run them again. The cost table has seconds only of runs with --alone.
 """
 import json
 import os
@@ -41,33 +41,34 @@ from plumbing.files import write_text
 @dataclass
 class Config:
     # --- which jobs
-    # cost, main, seesaw, mar, cold, objectives, states, beyond, curves, fixed (default: all).
+    # Parts of the plan: cost, main, seesaw, mar, cold, objectives, states, beyond, curves, fixed
+    # (default: all).
     parts: list[str] = field(default_factory=list)
-    # Jobs by name, such as half-lam0-s1 (default: all of the parts).
+    # Names of jobs, such as half-lam0-s1 (default: all jobs of the parts).
     only: list[str] = field(default_factory=list)
-    # Seeds of everything in stage 2.
+    # Seeds of all other jobs, except a few with one fixed seed (seeds_of in jobs.py).
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    # Seeds of GRPO on several rewards; 0 1 2 takes two hours more.
+    # Seeds of the long GRPO runs on several rewards. 0 1 2 takes two hours more than 0.
     grpo_seeds: list[int] = field(default_factory=lambda: [0])
 
     # --- how they run
-    # Processes.
+    # Number of processes of each run: 1 or 2.
     ranks: int = 2
-    # torch.compile in training: 1.5 times as fast on two CPU cores. Needs a C++ compiler.
+    # Use torch.compile in training: 1.5 times as fast on two CPU cores. It needs a C++ compiler.
     compile: bool = False
-    # Nothing else runs on this machine, so that the seconds mean something.
+    # State that nothing else runs on this machine, so that the measured seconds count.
     alone: bool = False
-    # Start no job after so many minutes (0: no limit).
+    # Start no new job after this many minutes (0: no limit).
     stop_after: int = 0
     # Folder of the results.
     out: str = "results/reproduce"
 
     # --- instead of running
-    # Only say what would run.
+    # Only print what would run.
     dry_run: bool = False
-    # Only write the tables.
+    # Only write the tables, from the results in --out.
     tables: bool = False
-    # Only draw OUT.png. Needs matplotlib.
+    # Only draw OUT.png. It needs matplotlib.
     plot: bool = False
 
 
@@ -75,7 +76,7 @@ class Config:
 
 
 def launch(command, ranks):
-    """Run a script on so many processes, its output to runs/reproduce.log."""
+    """Run a script in this many processes. Its output goes to runs/reproduce.log."""
     log = Path("runs/reproduce.log")
     log.parent.mkdir(exist_ok=True)
     how = [sys.executable]
@@ -90,7 +91,7 @@ def launch(command, ranks):
 
 
 def evaluate(name, job, ranks, *options):
-    """The JSON of eval.py."""
+    """Run eval.py on the checkpoints of a job. Returns what it writes to its JSON file."""
     out = f"runs/rep-{name}/eval"
     ckpts = [f"{label}={path}" for label, path in job.checkpoints.items()]
     command = ["eval.py", "--ckpts", *ckpts, "--seed", str(job.seed), "--out", out, *options]
@@ -105,7 +106,7 @@ def commit():
 
 
 def train(name, job, cfg):
-    """Run the training command. What a stopped run left is gone on with: every script resumes."""
+    """Run the training command. A run that was stopped goes on, since every script resumes."""
     launch(job.command, cfg.ranks)
     log = Path(f"runs/rep-{name}/log.jsonl")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
@@ -126,7 +127,7 @@ def evaluate_model(name, job, ranks):
 
 
 def evaluate_snapshots(name, job, cfg):
-    """Evaluate the snapshots of a run whose own result is there."""
+    """Evaluate the snapshots of a run. The result of that run must be in the results' folder."""
     evaluated = evaluate(name, job, cfg.ranks, "--tasks", *job.tasks)
     source = json.loads((Path(cfg.out) / f"{job.source}.json").read_text())
     return {"source": source["command"],
@@ -148,7 +149,7 @@ def run(name, job, cfg):
 
 
 def measure_fixed_states(plan, out):
-    """Distances of all finished runs that the shipped teachers can be asked about."""
+    """Measure the distances of all finished runs, except the second teachers and their students."""
     checkpoints = {}
     for name, job in plan.items():
         if job.source or "second" in name:
@@ -188,9 +189,9 @@ def missing_jobs(cfg, plan):
 
 
 def check_inputs(todo, plan, out):
-    """ValueError if a job needs a file that is not there and that no job makes.
+    """ValueError if a job needs a file that is missing and that no job to run will make.
 
-    Results travel with the repository, but runs/ does not.
+    The repository contains the results, but not the folder runs/.
     """
     made = {f"rep-{name}" for name, job in todo.items() if job.command}
     for name, job in todo.items():
@@ -221,8 +222,8 @@ def show_plan(todo, seconds):
 def run_all(todo, left, cfg):
     """Run the jobs one after another.
 
-    left: seconds that are planned for them. Returns the names of those that failed, or None if
-    --stop-after left some out.
+    left: the estimated seconds of all of them. Returns the names of the jobs that failed, or None
+    if --stop-after left some out.
     """
     failed = []
     begun = time.time()

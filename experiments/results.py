@@ -1,6 +1,6 @@
-"""Results on the disk, and what follows from them: gains over the base, curves.
+"""Read the results on the disk, and compute gains over the base and curves from them.
 
-"found" is everywhere what collect gives: job without its seed -> {seed: its result}.
+"found" is always what collect returns: {job without its seed: {seed: its result}}.
 """
 import json
 from pathlib import Path
@@ -10,16 +10,16 @@ import numpy as np
 from experiments.intervals import ratio_interval
 from experiments.jobs import SECOND, TASKS
 
-# Keys of a result. The first is also what eval.py calls its table.
+# Keys of a result. The first is also a key of eval.py's JSON.
 HELD_OUT = "table: mean, standard error, n"
 TRAIN = "on training prompts (to choose settings by)"
-ALL_SCORES = "all scores: mean, standard error"         # eval.py's key
+ALL_SCORES = "all scores: mean, standard error"         # also a key of eval.py's JSON
 SNAPSHOT_TABLES = "iteration -> table"
 SECONDS_IT = "s/it, median"
 
 
 def collect(out):
-    """Read the folder out."""
+    """Read all results in the folder out: {job without its seed: {seed: its result}}."""
     found = {}
     for file in sorted(Path(out).glob("*-s*.json")):
         if file.stem == "fixed-states":
@@ -34,7 +34,7 @@ def fixed_states_file(out):
 
 
 def read_fixed_states(out):
-    """{job: {set of states: {task: KL}}}, or {} before fixed_states.py ran."""
+    """{job: {set of states: {task: KL}}}, or {} if fixed_states.py has not run yet."""
     file = fixed_states_file(out)
     return json.loads(file.read_text()) if file.exists() else {}
 
@@ -45,14 +45,17 @@ def score(result, column, table=HELD_OUT):
 
 
 def teachers_of(name):
-    """{task: the result of the teacher that a model is measured by}: the one that taught it."""
+    """{task: name of the teacher's result} for the teachers that a model is compared with.
+
+    They are those that taught it, or else the shipped ones.
+    """
     if name == "opd-second":
         return dict(zip(TASKS, SECOND))
     return dict(zip(TASKS, TASKS))
 
 
 def shared_seeds(found, name, others):
-    """The seeds of a model that all others have too."""
+    """The seeds for which the model and all others have a result."""
     seeds = []
     for seed in found.get(name, ()):
         if all(seed in found.get(other, ()) for other in others):
@@ -61,9 +64,9 @@ def shared_seeds(found, name, others):
 
 
 def gains(found, name, seeds, task):
-    """What a model gains over the base, and what the task's teacher does: (S,) over seeds each.
+    """The gains of a model and of the task's teacher over the base: (S,) each, one per seed.
 
-    Prompts and noise of a seed are the same for all three.
+    For each seed all three have the same prompts and the same noise.
     """
     base = [score(found["base"][seed], task) for seed in seeds]
     model = [score(found[name][seed], task) for seed in seeds]
@@ -73,15 +76,15 @@ def gains(found, name, seeds, task):
 
 # ------------------------------------------------------------------ curves
 
-# What a student is at its iteration 0. Other runs begin as the base.
+# Student -> the model that it starts from. Other runs start from the base.
 START = {"opd-merge": "merge", "opd-second": "merge-second", "opd-sft": "sft"}
 
 
 def curve(found, name):
-    """A run's part of the teacher's gain on the way: {task: [(iteration, Interval)]}.
+    """The part of the teacher's gain that a run has reached: {task: [(iteration, Interval)]}.
 
-    It begins with iteration 0 and ends with the run. A GRPO run ends at 1 by definition; a student
-    is measured by the teachers that taught it.
+    It goes from iteration 0 to the end of the run. A GRPO run is compared with its own end, so it
+    ends at 1 by definition. A student is compared with the teachers that taught it.
     """
     start = START.get(name, "base")
     tasks = TASKS
@@ -102,7 +105,7 @@ def curve(found, name):
 
 
 def on_the_way(found, name, start, seeds, task):
-    """[(iteration, scores over seeds)] of a run, in order."""
+    """[(iteration, scores of a task, one per seed)] of a run, in order of the iterations."""
     end = found[name][seeds[0]]["iterations"]
     scores = {0: [score(found[start][seed], task) for seed in seeds],
               end: [score(found[name][seed], task) for seed in seeds]}
@@ -113,7 +116,7 @@ def on_the_way(found, name, start, seeds, task):
 
 
 def reached(points, enough=0.95):
-    """The first iteration from which on all points of a curve are high enough, or None."""
+    """The first iteration from which all later points of a curve are at least enough, or None."""
     first = None
     for it, part in points:
         if part.mean < enough:

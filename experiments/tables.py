@@ -1,4 +1,4 @@
-"""The tables: results/reproduce.md, and the generated parts of docs/results.md."""
+"""The tables in results/reproduce.md and the generated parts of docs/results.md."""
 import math
 from pathlib import Path
 
@@ -22,15 +22,15 @@ from experiments.results import (
 )
 from plumbing.files import write_text
 
-# Each table between its marks in this page is replaced: <!-- reproduce: NAME --> ... <!-- end -->
+# In this page each table is replaced between its marks: <!-- reproduce: NAME --> ... <!-- end -->
 PAGE = "docs/results.md"
 
 COLUMNS = (*TASKS, "average")
 COLUMN_NAMES = ["GenEval", "OCR", "quality", "average"]
-# What tells runs apart beside the scores.
+# Further columns that describe a run, besides the scores.
 OWN_COLUMNS = ["quality reward of GenEval's pictures", "their diversity",
                "KL to the teachers at their states, 1e-3", "at the base's states"]
-# Result -> its name in the tables, in the order of the main table.
+# Result -> its name in the tables. The order is that of the main table.
 ROWS = {
     "base": "base",
     "geneval": "teacher `geneval`",
@@ -55,7 +55,7 @@ ROWS = {
 
 
 def title(name):
-    """A result's name where it stands alone, so that "the same" has to be said in words."""
+    """A result's name that is clear without the row above it: "the same" is written out."""
     if name == "mix-group":
         return ROWS[name].replace("the same", ROWS["mix-small"])
     if name == "mix-whole-group":
@@ -64,14 +64,14 @@ def title(name):
 
 
 def grid(header, rows):
-    """A Markdown table of strings."""
+    """A Markdown table. header: list of strings; rows: list of such lists."""
     lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
     lines.insert(1, "|---" * len(header) + "|")
     return "\n".join(lines)
 
 
 def own_cells(name, results, kls):
-    """The cells under OWN_COLUMNS. kls: what read_fixed_states gives."""
+    """The cells of the OWN_COLUMNS. kls: the result of read_fixed_states."""
     quality = [result["all scores"]["quality on geneval"][0] for result in results.values()]
     diversity = [result["diversity"]["geneval"][0] for result in results.values()]
     cells = [show_mean(quality), show_mean(diversity)]
@@ -86,9 +86,9 @@ def own_cells(name, results, kls):
 
 
 def own_passes():
-    """Result -> the forward passes of its own training; the teachers' do not count for others."""
+    """{result: forward passes of its own training}. The passes of its teachers do not count."""
     own = {name: passes(command) for name, command in commands().items()}
-    for task in TASKS:                                  # the shipped ones ran alike
+    for task in TASKS:                                  # trained by the same commands
         own[task] = own[f"{task}-again"]
         own[f"{task}-second"] = own[f"{task}-again"]
     own["opd-sft"] += own["sft"]
@@ -111,7 +111,7 @@ def main_table(found, kls):
 
 
 def share_table(found):
-    """Parts of the teachers' gains: the gains of all seeds together over the teachers'."""
+    """The part of the teachers' gain that each model reaches: a ratio of sums over all seeds."""
     rows = []
     for name in ("mix-small", "mix-group", "mix-whole", "mix-whole-group", "sft-equal", "opd-sft",
                  "opd-merge", "opd-second"):
@@ -134,7 +134,7 @@ def share_table(found):
 
 # ------------------------------------------------------------------ differences
 
-# Model minus model. None: minus the teachers, each on its own task.
+# (model, other): the table shows model minus other. None: minus each teacher on its own task.
 DIFFERENCES = [
     ("opd-merge", None),
     ("opd-second", None),
@@ -152,14 +152,14 @@ DIFFERENCES = [
     ("half-none", "sft-equal"),
     ("opd-merge", "opd-sft"),
 ]
-# Names of results that are no rows of the main table.
+# Names of results that are not rows of the main table.
 HALVES = {"half-extrapolate":
               "Flow-OPD from merge, half of the budget, `--extrapolate 1.25`,",
           "half-none": "Flow-OPD from the base, half of the budget,"}
 
 
 def subtrahends(name, other):
-    """{column: the result that is subtracted there}."""
+    """{column: name of the result that is subtracted in this column}."""
     if other:
         return dict.fromkeys(COLUMNS, other)
     teachers = teachers_of(name)
@@ -175,9 +175,10 @@ def difference_label(name, other):
 
 
 def difference_table(found):
-    """Model minus model, seed by seed: same prompts, same noise.
+    """Model minus model, for each seed, with the same prompts and the same noise.
 
-    In brackets, for a single seed: 95% over its images only.
+    With a single seed, the number in brackets is a 95% interval over its images only. It combines
+    the errors of both models as if they were independent.
     """
     rows = []
     for name, other in DIFFERENCES:
@@ -202,10 +203,10 @@ def difference_table(found):
 
 
 def compared_with(name, part):
-    """What a run at half of the budget is shown minus (None: it stands by itself).
+    """The run that is subtracted from a run at half of the budget (None: nothing is).
 
-    That is the default. For runs without the anchor, or with another weight of it, it is the
-    default without the anchor, at the same learning rate.
+    Usually it is the default, half. For runs without the anchor, or with another weight of it, it
+    is half-lam0. For runs without the anchor at the slow rate, it is half-slow-lam0.
     """
     special = {"half": None, "merge": "half-lam0", "half-lam0": "half",
                "half-slow-lam0": "half-lam0"}
@@ -224,7 +225,7 @@ def ablation_label(name):
 
 
 def ablation_row(found, name, other, kls):
-    """A run minus another, seed by seed. The last cells are the run's own."""
+    """One run minus another, for each seed. In the last cells nothing is subtracted."""
     results = found[name]
     form = ".3f"
     minus = "-"
@@ -245,13 +246,13 @@ def ablation_row(found, name, other, kls):
 
 
 def part_of(found, name):
-    if name == "merge":                                 # shown where runs start from it
+    if name == "merge":                                 # start of the runs in that part
         return "objectives"
     return next(iter(found[name].values()))["part"]
 
 
 def ablation_table(found, kls):
-    """Runs at half of the budget, by part; the default first."""
+    """Runs at half of the budget, sorted by part. The default comes first in its part."""
     names = [name for name in found if name.startswith("half") or name == "merge"]
     names.sort(key=lambda name: (PARTS.index(part_of(found, name)), name != "half"))
     rows = []
@@ -266,7 +267,7 @@ def ablation_table(found, kls):
 
 
 def teachers_cost(found, total):
-    """The row of the three second teachers together, if they all ran."""
+    """[the row of the three second teachers together], or [] unless all three ran."""
     runs = []
     for task in TASKS:
         runs += found.get(f"{task}-again", {}).values()
@@ -278,7 +279,10 @@ def teachers_cost(found, total):
 
 
 def cost_row(found, name, task, points, total):
-    """Passes and seconds of a run until 95% of the teacher's gain. total: the teachers' passes."""
+    """Passes and seconds of a run until it has 95% of the teacher's gain.
+
+    points: the run's curve on this task; total: forward passes of all three teachers.
+    """
     plan = commands()
     runs = found.get(name, {}).values()
     label = title(name).replace("**", "") if name in ROWS else "GRPO, second run"
@@ -298,13 +302,13 @@ def cost_row(found, name, task, points, total):
 
 
 def least(points):
-    """The curve of the task that has least at each point. points: of all tasks."""
+    """At each iteration the lowest of the tasks' points. points: {task: its curve}."""
     curves = zip(*(points[task] for task in TASKS))
     return [(together[0][0], min(part for _, part in together)) for together in curves]
 
 
 def cost_table(found):
-    """Forward passes and seconds until 95% of the teacher's gain."""
+    """For each run: forward passes and seconds until it has 95% of the teacher's gain."""
     plan = commands()
     total = sum(passes(plan[f"{task}-again"]) for task in TASKS)
     rows = teachers_cost(found, total)
@@ -341,7 +345,7 @@ Made by `python -m experiments.reproduce --tables`.
 
 
 def make_tables(out):
-    """{name: table}, from the results in the folder out."""
+    """{name: Markdown table}, made from the results in the folder out."""
     found = collect(out)
     kls = read_fixed_states(out)
     return {"main": main_table(found, kls),
@@ -352,7 +356,7 @@ def make_tables(out):
 
 
 def fill(page, tables):
-    """Put each table between its marks in the text of a page, if it has them."""
+    """Put each table between its marks in the text of a page, if the page has those marks."""
     for name, table in tables.items():
         start = f"<!-- reproduce: {name} -->\n"
         end = "<!-- end -->"
@@ -364,7 +368,7 @@ def fill(page, tables):
 
 
 def write_tables(out, page=None):
-    """Write OUT.md, and the tables into the page if it exists."""
+    """Write and print OUT.md. Also put the tables into the page, if it exists."""
     tables = make_tables(out)
     text = INTRODUCTION
     for name, table in tables.items():

@@ -1,1 +1,1 @@
-"""The parts that teach nothing about the method: command line, processes, files and logs."""
+"""The parts that do not belong to the method: command line, processes, files and logs."""

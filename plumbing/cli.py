@@ -1,4 +1,4 @@
-"""A dataclass is the whole command line: each field is a flag, the comment above it is its help.
+"""A dataclass is the whole command line. Each field is a flag; the comment above it is its help.
 
     @dataclass
     class Config:
@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 
 def field_docs(cls):
-    """Read the source of a dataclass: field -> (its group, the comment above it)."""
+    """Read the source of a dataclass. Returns {field: (its group, the comment above it)}."""
     docs = {}
     group = "options"
     comment = []
@@ -48,7 +48,7 @@ def default_of(field):
 
 
 def argument(kind, default):
-    """What argparse needs to know about a field of this type."""
+    """The keywords of add_argument that follow from the type (kind) of a field."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is list:
         return dict(nargs="*", type=args[0])
@@ -64,8 +64,8 @@ def argument(kind, default):
 def parse(cls, argv=None, presets=None, positional=()):
     """Parse the command line into a cls.
 
-    presets: a function from --model to {field: default}, for defaults that follow from the model.
-    positional: the fields that need no flag.
+    presets: a function from the value of --model to {field: default}, for the fields whose default
+    depends on the model. positional: the fields that are given without a flag.
     """
     docs = field_docs(cls)
     changed = {}
@@ -105,21 +105,21 @@ def run(main, cls, **how):
         if os.environ.get("DEBUG"):
             raise
         rank = int(os.environ.get("RANK", 0))
-        # Most bad input is met by every rank. Rank 0 then says so, and torchrun ends the others
-        # in their sleep.
+        # Bad input usually stops every rank. The others wait, so that rank 0 alone prints the
+        # error. Then torchrun ends them while they sleep.
         if rank > 0:
             time.sleep(5)
         who = f" (rank {rank})" if rank else ""
         print(f"error{who}: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(2)                                     # at once: no rank waits for another
+        os._exit(2)                                     # do not wait for other ranks
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def positive(cfg, *names):
-    """ValueError unless these options are above 0, and all other numbers finite and at least 0."""
+    """ValueError unless all numbers are finite and at least 0, and the named ones above 0."""
     for name, value in vars(cfg).items():
         if not isinstance(value, (int, float)):
             continue
@@ -131,7 +131,7 @@ def positive(cfg, *names):
 
 
 def check_rollout(cfg, world_size):
-    """ValueError unless the options of a rollout fit each other. For both training stages."""
+    """ValueError unless the options of a rollout fit each other, in stage 1 (GRPO) or 2 (OPD)."""
     if cfg.batch % cfg.group:
         raise ValueError(f"--batch {cfg.batch} --group {cfg.group}: expected whole groups, so a "
                          f"batch that is a multiple of {cfg.group}")

@@ -1,4 +1,4 @@
-"""Processes: torch.distributed with one rank a GPU (or a CPU core), or a single plain process."""
+"""Processes: torch.distributed with one rank per GPU (or CPU core), or one plain process."""
 import math
 import os
 import sys
@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 
 def choose_device(device, world_size, local_ranks):
-    """"auto" -> "cuda" if there is a GPU for each rank, else "mps" or "cpu"; others are checked."""
+    """Turn "auto" into "cuda" if each local rank has a GPU, else "mps" or "cpu". Check the rest."""
     gpus = torch.cuda.device_count()
     if device == "auto":
         if gpus >= local_ranks:
@@ -33,7 +33,10 @@ def choose_device(device, world_size, local_ranks):
 
 
 def setup(device="auto", seed=0):
-    """Start torch.distributed if torchrun launched us. Returns rank, world size, device."""
+    """Start torch.distributed if torchrun started several ranks, and seed torch.
+
+    Returns rank, world size and device.
+    """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -81,7 +84,7 @@ def gather(x):
 
 
 def gather_batch(x, batch, updates):
-    """gather, with the rows in the order of the whole batch: those of share() put back."""
+    """Gather rows that are in the order of share(), and put them in the order of the batch."""
     everyone = gather(x)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     order = [i for rank in range(world_size) for i in share(batch, updates, rank, world_size)]
@@ -96,7 +99,7 @@ def local():
 
 
 def gather_objects(x):
-    """[x of rank 0, x of rank 1, ...], for small things that are no tensors."""
+    """[x of rank 0, x of rank 1, ...], for small objects that are not tensors."""
     if not dist.is_initialized():
         return [x]
     found = [None] * dist.get_world_size()
@@ -124,9 +127,9 @@ def share(batch, updates, rank, world_size):
 def distribute(net, full):
     """Wrap a net so that its gradients are averaged over the ranks.
 
-    An adapter's net is wrapped in DDP. A net that learns whole is sharded in place by FSDP2: each
-    rank then holds its part of weights, gradients and optimiser state, and the whole weights of a
-    block only while the block runs.
+    full: the whole net learns. FSDP2 then shards it in place: each rank holds its part of weights,
+    gradients and optimiser state. A block's whole weights are there only while the block runs.
+    Otherwise an adapter learns, and DDP wraps the net.
     """
     if not dist.is_initialized():
         return net
@@ -143,16 +146,16 @@ def distribute(net, full):
 
 
 def reduce_now(net, now):
-    """Should the next backward pass average the gradients over the ranks, or leave it to a later?
+    """now: the next backward pass averages the gradients over the ranks, else a later one does.
 
-    DDP so reduces once an update (it is what its no_sync sets, and must be set before the forward
-    pass). FSDP reduces in every backward pass, since it keeps no whole gradients; the sum is equal.
+    Call it before the forward pass. DDP then reduces once per update; its no_sync sets the same
+    flag. FSDP keeps no whole gradients, so it reduces in every backward pass. The sum is equal.
     """
     net.require_backward_grad_sync = now
 
 
 def clip_gradients(params, most=1.0):
-    """Clip the norm of the gradients of all params together. Returns the norm before that."""
+    """Clip the norm of all gradients together to most. Returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(params, most)
     if hasattr(norm, "full_tensor"):                    # sharded
         norm = norm.full_tensor()
@@ -160,7 +163,7 @@ def clip_gradients(params, most=1.0):
 
 
 def check_finite(grad_norm, it):
-    """Stop rather than train on. All ranks see the same norm, so all stop together."""
+    """ValueError if the gradient is not finite. All ranks see the same norm, so all stop."""
     if not math.isfinite(grad_norm):
         raise ValueError(f"iteration {it + 1}: the gradient is {grad_norm}; expected a finite one. "
                          "Lower --lr or --a, or look at the rewards")
@@ -169,9 +172,10 @@ def check_finite(grad_norm, it):
 def compile_blocks(net):
     """Compile each block in place, so that names stay the same. Equal blocks are compiled once.
 
-    The first step takes 20 seconds to minutes longer.
+    The first step then takes longer, by 20 seconds to some minutes.
     """
-    # One graph for each kind of block, of adapter (none, a name, a Route) and of grad mode.
+    # There is one graph for each combination of block kind, adapter (none, a name, a Route) and
+    # grad mode.
     torch._dynamo.config.recompile_limit = 64
     for block in net.joint_blocks:
         block.compile()

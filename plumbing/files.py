@@ -1,4 +1,4 @@
-"""Files that are whole or not there: one atomic writer, one safe reader, one strict check."""
+"""Files. A file is written whole or not at all, read without running code, and checked."""
 import contextlib
 import hashlib
 import os
@@ -15,29 +15,30 @@ from safetensors.torch import save_file
 
 @contextlib.contextmanager
 def atomic(path):
-    """Gives a temporary path to write to, and renames it to path when the block ends well.
+    """Gives a temporary path to write to, and renames it to path if the block raises nothing.
 
-    The data is on the disk before the rename, so path is the old file or the new one, never half
-    of one. It has the mode that open() gives a new file (safetensors alone would make it 600).
+    The data is on the disk before the rename. So path is the old file or the new one, never half
+    of one. The file has the mode that open() gives a new file (safetensors would make it 600).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         tmp.touch()
-        mode = tmp.stat().st_mode       # asking for the umask would not be safe in a thread
+        # The mode is read from a file, because os.umask is not safe in a thread.
+        mode = tmp.stat().st_mode
         yield tmp
         tmp.chmod(mode)
         with open(tmp, "rb") as file:
             os.fsync(file.fileno())
         os.replace(tmp, path)
     finally:
-        tmp.unlink(missing_ok=True)     # half a file, where the block failed
+        tmp.unlink(missing_ok=True)     # it is left if the block failed
 
 
 def write_pt(path, obj):
-    """Write plain tensors and containers by torch.save."""
-    # torch.save stores the name of a path in the file. An open file has no such name.
+    """Write plain tensors and containers with torch.save."""
+    # Given a path, torch.save stores its name in the file. Given an open file, it does not.
     with atomic(path) as tmp, open(tmp, "wb") as file:
         torch.save(obj, file)
 
@@ -57,14 +58,15 @@ def write_tensors(path, tensors, metadata=None):
 
 
 def first_line(error):
-    """An exception's message, cut to what fits into one line."""
+    """An exception's message as one line of at most 200 characters."""
     return " ".join(str(error).split())[:200]
 
 
 def read_pt(path, keys=()):
-    """torch.load of plain tensors and containers (never pickled code), with the keys it must have.
+    """Load plain tensors and containers, never pickled code, with torch.load.
 
-    Raises ValueError if the file is missing, is damaged, holds code, or lacks a key.
+    keys: those that the file must have. ValueError if the file is missing, is damaged, holds code,
+    or lacks a key.
     """
     # Files from torch before 1.6 are not zip files and cannot be memory-mapped.
     mmap = zipfile.is_zipfile(path)
@@ -86,7 +88,7 @@ def read_pt(path, keys=()):
 
 
 def open_tensors(path):
-    """A safetensors file, memory-mapped (use it in a with). ValueError if it is not a whole one."""
+    """Open a safetensors file, memory-mapped, for a with statement. ValueError if it is damaged."""
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
@@ -99,10 +101,9 @@ def shapes_of(tensors):
 
 
 def check_shapes(want, got, path, prefix=""):
-    """The one strict check: want and got, both {name: shape}, must be equal.
+    """ValueError unless want and got, both {name: shape}, are equal.
 
-    The ValueError names the first tensor that is missing, superfluous or of another shape, and
-    says how many others there are.
+    It names the first tensor that is missing, extra or of another shape, and counts the others.
     """
     wrong = [name for name in sorted(want.keys() | got.keys()) if want.get(name) != got.get(name)]
     if not wrong:
@@ -117,9 +118,9 @@ def check_shapes(want, got, path, prefix=""):
 
 
 class Fingerprint:
-    """A short name for a set of weights: a hash of names, shapes and samples of the numbers.
+    """A short name for a set of weights: a hash of names, shapes and some of the values.
 
-    It is the same whatever dtype the weights are later loaded in.
+    It does not depend on the dtype that the weights are loaded in later.
     """
 
     def __init__(self):

@@ -1,6 +1,7 @@
 """The log of a run.
 
-Each iteration is one line on the screen and one in DIR/log.jsonl, rounded differently.
+Each iteration is one line on the screen (4 significant digits) and one in DIR/log.jsonl (8
+decimals).
 """
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ from plumbing.files import write_text
 
 
 def iteration_of(line):
-    """The iteration that a line of the log is about; infinity for a line that a kill cut short."""
+    """The iteration of a line of the log. It is infinity if a kill cut the line short."""
     try:
         return json.loads(line)["iter"]
     except json.JSONDecodeError:
@@ -27,7 +28,10 @@ def stored(value):
 
 
 class Log:
-    """Only rank 0 writes. The settings of the run go to DIR/config.json."""
+    """Writes the log on rank 0, and the settings of the run to DIR/config.json.
+
+    resume_at: the iterations that are done already, 0 in a new run.
+    """
 
     def __init__(self, folder, rank, config, resume_at=0):
         self.path = Path(folder) / "log.jsonl"
@@ -38,7 +42,7 @@ class Log:
             done = "is finished" if resume_at == config.get("iters") else "goes on"
             print(f"{folder}: {done}, at iteration {resume_at}. If the code has changed since, "
                   "give --name NEW to train anew.")
-        # A resumed run drops later log lines. So no iteration appears twice.
+        # A resumed run drops the lines of iterations that it will repeat.
         lines = []
         if resume_at and self.path.exists():
             lines = self.path.read_text().splitlines()

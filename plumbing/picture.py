@@ -1,23 +1,24 @@
-"""The picture of an evaluation: rows are prompts, columns are models."""
+"""The picture that eval.py draws: rows are prompts, columns are models."""
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-RIGHT = 0.9                          # a score of at least this counts as right
+RIGHT = 0.9                          # the least score that counts as right
 GREEN, RED = (30, 150, 60), (205, 40, 40)
-# In pixels: the prompt column, the label row, the gap between tiles, the score line.
+# In pixels: width of the prompt column, height of the label row, gap between tiles, height of the
+# score line.
 LEFT, TOP, GAP, LINE = 330, 24, 12, 16
 
 
 def to_bytes(image):
-    """(3, H, W) in [0, 1] -> (H, W, 3), 0 to 255, as Pillow takes it."""
+    """Image (3, H, W) in [0, 1] -> uint8 array (H, W, 3), as Pillow takes it."""
     return (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
 
 
 def choose_rows(shown, rows):
-    """For each task, the first prompts on which models disagree.
+    """Choose `rows` prompts, about equally many per task. Returns [(task, index)].
 
-    Prompts on which they agree fill the rest. shown: {label: {task: [(prompt, image, score)]}}.
-    Returns [(task, index)].
+    The first prompts on which the models disagree are chosen. If there are too few, the first on
+    which they agree follow. shown: {label: {task: [(prompt, image, score)]}}.
     """
     some = next(iter(shown.values()))
     chosen = []
@@ -35,7 +36,10 @@ def choose_rows(shown, rows):
 
 
 def draw_grid(shown, path, rows, scale=3):
-    """Write a PNG. A green frame is right, a red one wrong; the score stands below."""
+    """Write a PNG. A green frame means right, a red one wrong. The score is below the image.
+
+    scale: images smaller than 128 pixels are enlarged by it; all others are drawn with side 256.
+    """
     labels = list(shown)
     chosen = choose_rows(shown, rows)
     task, i = chosen[0]

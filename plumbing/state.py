@@ -1,4 +1,4 @@
-"""The state of a run that was stopped: written on schedule, checked, and put back.
+"""The resumable state of a run: it is written regularly, and checked and restored after a stop.
 
 The network may be sharded over the ranks (plumbing.dist.distribute). A state holds whole tensors,
 so the number of ranks may change from one part of a run to the next.
@@ -10,18 +10,19 @@ from torch.distributed.checkpoint import state_dict as dcp
 from plumbing import dist
 from plumbing.files import check_shapes, read_pt, shapes_of, write_pt
 
-# Whole tensors on the CPU of rank 0, however the ranks share them.
+# Gives whole tensors on the CPU of rank 0, also if the net is sharded.
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
-# Options that a resumed run may change: they decide how it computes, not what.
+# Options that a resumed run may change. They do not change what is computed, only how.
 FREE = {"save_every", "keep", "device", "micro", "compile", "checkpointing", "offload",
         "world_size"}
-# But the objective "released" averages over the images of one forward pass.
+# With the objective "released" these may not change: its loss averages over the images of one
+# forward pass.
 PART_OF_RELEASED = {"micro", "world_size"}
 
 
 def learning(net):
-    """{name: parameter} of all that learns in a net."""
+    """{name: parameter} of all parameters of a net that learn."""
     return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
 
@@ -36,7 +37,7 @@ def weights(net):
 
 
 def save_state(path, net, opt, rank, **fields):
-    """Write a resumable state: the weights that learn, their optimiser's state, and the fields.
+    """Write a resumable state: the weights that learn, the optimiser's state, and the fields.
 
     Every rank has to call it; rank 0 writes. resume expects the fields iter, settings and base.
     """
@@ -50,13 +51,13 @@ def save_state(path, net, opt, rank, **fields):
 def restore(state, net, opt):
     """Put the weights and the optimiser's state back, on every rank.
 
-    state: the result of resume. It is emptied here, because it takes 30 GB with --full. Returns the
-    number of iterations that are done, 0 if state is None.
+    state: the result of resume. It is emptied here, because it takes 30 GB with --full.
+    Returns the number of iterations that are done, which is 0 if state is None.
     """
     if state is None:
         return 0
     check_shapes(shapes_of(learning(net)), shapes_of(state["weights"]), state["path"])
-    # Not strict, because what is frozen is not in a state.
+    # Not strict, because a state does not contain the frozen weights.
     partial = dcp.StateDictOptions(full_state_dict=True, strict=False)
     dcp.set_model_state_dict(net, state["weights"], options=partial)
     full = dcp.StateDictOptions(full_state_dict=True)
@@ -67,7 +68,7 @@ def restore(state, net, opt):
 
 
 def check_ranks_agree(path, done):
-    """ValueError, on every rank, unless all resume after the same iteration. done: this rank's."""
+    """ValueError on every rank unless all ranks have done equally many iterations (done)."""
     first, *others = dist.gather_objects(done)
     for rank, other in enumerate(others, 1):
         if other != first:
@@ -78,8 +79,8 @@ def check_ranks_agree(path, done):
 def resume(path, settings, base, free=()):
     """The state of a stopped run, or None if there is none. Every rank has to call it.
 
-    ValueError if it was made with another base (a fingerprint) or other settings, or if the ranks
-    find different ones. FREE and `free` name the settings that may differ.
+    ValueError if the state has another base (a fingerprint) or other settings, or more iterations
+    than --iters, or if the ranks find different states. The settings in FREE and `free` may differ.
     """
     state = None
     done = 0
