@@ -1,4 +1,4 @@
-"""Networks and judges that score images. Each is loaded at its first use, once a process.
+"""Networks and judges that score images. A process loads each one once, at its first use.
 
     scorer = scorers.get("clip.PickScore", "cuda")
     scorer(images, prompts)     # (N, 3, H, W) in [0, 1], N strings -> (N,) float32 on the CPU
@@ -6,9 +6,9 @@
 
     python -m scorers pickscore IMAGES_DIR prompts.txt      # scores anybody's images
 
-Every scorer has a `net` to move, scores where its net lies, and gives the score as it is reported.
-Here is what is reported, and what flow_grpo trains on (yifan123/flow_grpo and CostaliyA/Flow-OPD,
-flow_grpo/*_scorer.py, rewards.py):
+Every scorer class has a `net`, which get and offload move. It computes on its net's device, and
+gives the reported score. The table has this score, and the training reward that flow_grpo makes of
+it (yifan123/flow_grpo and CostaliyA/Flow-OPD, flow_grpo/*_scorer.py, rewards.py):
 
 | scorer | reported | as a training reward |
 |---|---|---|
@@ -39,7 +39,7 @@ def get(where, device):
         module, name = where.split(".")
         scorer = getattr(importlib.import_module(f"scorers.{module}"), name)
         LOADED[where] = scorer(device, torch.float16 if device.type == "cuda" else torch.float32)
-    LOADED[where].net.to(device)                        # free where it is there already
+    LOADED[where].net.to(device)                        # costs nothing if it is there
     return LOADED[where]
 
 

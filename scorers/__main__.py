@@ -1,12 +1,12 @@
 """
-Scores a folder of anybody's images, a line for each in IMAGES/NAME.jsonl, and a summary beside it.
+Scores any folder of images. IMAGES/NAME.jsonl gets a line for each image, and a summary beside it.
 
     python -m scorers pickscore IMAGES prompts.txt
     python -m scorers deqa=0.4,pickscore=0.6 IMAGES prompts.txt
     python -m scorers geneval_benchmark IMAGES evaluation_metadata.jsonl
 
-NAME is a reward of rewards.py, or a weighted sum. A run that was stopped goes on where it was:
-images that have a line, and have not changed, are not scored again.
+NAME is a reward of rewards.py, or a weighted sum of rewards. A stopped run goes on where it was: an
+image is not scored again if it has a line, and neither it nor its prompt has changed.
 """
 import json
 import re
@@ -35,8 +35,8 @@ class Config:
     # --- what to score
     # A reward, or a sum such as deqa=0.4,pickscore=0.6.
     name: str = ""
-    # Folder of images. In the order of the numbers in their names they go with the prompts, k to
-    # each prompt if there are k times as many.
+    # Folder of images. They are sorted by the last number in their names, and go with the prompts
+    # in order. With k times as many images as prompts, each prompt has k images.
     images: str = ""
     # A .txt with one prompt a line, or GenEval's .jsonl.
     prompts: str = ""
@@ -55,7 +55,7 @@ class Config:
 
 
 def read_image(path):
-    """(3, H, W) in [0, 1]."""
+    """An image file as a tensor (3, H, W) in [0, 1]."""
     try:
         array = np.array(Image.open(path).convert("RGB"))
     except OSError as error:
@@ -93,7 +93,7 @@ def read_prompts(path, spec, world):
 
 
 def pair(cfg, metas, prompts):
-    """[(image file, its prompt), ...], in the order of metas, the prompts of the file prompts."""
+    """[(image file, its prompt), ...]. metas: the prompts in order. prompts: their file."""
     files = find_images(cfg.images)
     if not files or len(files) % len(metas):
         raise ValueError(f"{cfg.images}: has {len(files)} images for the {len(metas)} prompts of "
@@ -103,7 +103,7 @@ def pair(cfg, metas, prompts):
 
 
 def check_beside(cfg, pairs):
-    """ValueError if a prompts.txt that eval.py left beside the folder of images says otherwise."""
+    """ValueError if eval.py's prompts.txt, beside the folder of images, has other prompts."""
     folder = Path(cfg.images).resolve()
     if folder.name == "samples":                         # eval.py --layout compbench
         folder = folder.parent
@@ -122,13 +122,13 @@ def check_beside(cfg, pairs):
 
 
 def stamp(path):
-    """Tells whether an image is still the one that was scored."""
+    """[size in bytes, time of change in ns]: another stamp means that the image has changed."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
 
 
 def read_rows(path):
-    """{image: row} that a stopped run has left. A line that was cut short is forgotten."""
+    """{image: row} that a stopped run has left. A line that was cut short is ignored."""
     rows = {}
     lines = path.read_text().splitlines() if path.exists() else []
     for line in lines:
@@ -150,7 +150,7 @@ def to_lines(rows):
 
 
 def score_files(pairs, spec, world, device):
-    """The rows of some (file, prompt) pairs. A batch is images of one size that stand together."""
+    """The rows of some (file, prompt) pairs. Neighbours of one size are scored as one batch."""
     rows = []
     read = [(read_image(file), file, meta) for file, meta in pairs]
     for _, same_size in groupby(read, key=lambda item: item[0].shape):
@@ -206,7 +206,7 @@ def main(cfg):
             rows[file.name] = row
         else:
             todo.append((file, meta))
-    write_text(out, to_lines(rows.values()))            # without half a line at the end
+    write_text(out, to_lines(rows.values()))            # drops half a line at the end
 
     with tqdm(total=len(pairs), initial=len(rows), desc=cfg.name, unit="image") as bar:
         for i in range(0, len(todo), cfg.batch):

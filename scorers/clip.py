@@ -24,8 +24,8 @@ def clip_tokenizer(repo):
 def clip_tokens(tokenizer, prompts):
     """(N, 77) token ids, cut to 77 and padded with 0, as OpenCLIP does.
 
-    The padding does not matter: text attends backwards, and the vector of a prompt is that of its
-    first end token.
+    The padding does not matter: a token attends only to earlier ones, and the vector of a prompt is
+    that of its first end token.
     """
     batch = tokenizer(prompts, padding="max_length", truncation=True, max_length=77,
                       return_tensors="pt")
@@ -41,7 +41,7 @@ def cosine(net, pixels, ids):
 
     pixels (N, 3, S, S), ids (N, L).
     """
-    # The images of one prompt share its embedding.
+    # Each different prompt is embedded once, whatever the number of its images.
     ids, at = ids.unique(dim=0, return_inverse=True)
     image = net.get_image_features(pixels.to(net.device, net.dtype)).pooler_output
     text = net.get_text_features(ids.to(net.device)).pooler_output
@@ -50,14 +50,15 @@ def cosine(net, pixels, ids):
 
 
 class ClipLogit:
-    """logit scale * cosine, of a CLIP that transformers has."""
+    """logit scale * cosine, for a CLIP whose weights are in transformers' format."""
     repo = ""
     tokenizer_repo = ""
     pixels = None            # a function of pixels.py
 
     def __init__(self, device, dtype):
         net = load_clip(self.repo)
-        # Before half precision rounds the logarithm: 2e-3 there is 2e-3 of the score.
+        # The scale is read before half precision rounds its logarithm. An error of 2e-3 in the
+        # logarithm changes the score by the factor 1 + 2e-3.
         self.scale = net.logit_scale.exp().item()
         self.net = net.to(device, dtype)
         self.tokenizer = clip_tokenizer(self.tokenizer_repo)
@@ -139,7 +140,8 @@ TELLING = ("visual.conv1.weight", "visual.proj", "visual.positional_embedding",
 def clip_state_from_open_clip(state):
     """A state dict of OpenCLIP under transformers' names.
 
-    q, k and v come apart. The two projections, which multiply from the right, are transposed.
+    The joint tensor of q, k and v is split in three. The two projections are transposed, because
+    OpenCLIP multiplies by them from the right.
     """
     named = {}
     for name, tensor in rename(state, OPEN_CLIP_NAMES).items():
@@ -156,8 +158,9 @@ def clip_state_from_open_clip(state):
 def clip_config_of(state):
     """The config that fits a state dict of OpenCLIP's ViT-H.
 
-    Its shapes tell all but the activation and the widths of the heads: 80 in the image's tower
-    (model_configs/ViT-H-14.json, head_width), and 16 heads in a width of 1024 in the text's.
+    The shapes tell everything but the activation and the width of a head. A head of the image tower
+    is 80 wide (model_configs/ViT-H-14.json, head_width). The text tower has width 1024 and 16
+    heads.
     """
     width, _, _, patch = state["visual.conv1.weight"].shape
     vocab, text_width = state["token_embedding.weight"].shape
@@ -194,7 +197,8 @@ def import_ftfy():
 def open_clip_clean(prompt):
     """A prompt as OpenCLIP's tokenizer cleans it (hpsv2/src/open_clip/tokenizer.py).
 
-    fix_text straightens quotes, widths and ligatures, and mends text decoded by a wrong table.
+    fix_text replaces curly quotes, full-width characters and ligatures by plain ones. It also
+    repairs text that was decoded with the wrong encoding.
     """
     prompt = import_ftfy().fix_text(prompt)             # basic_clean
     prompt = html.unescape(html.unescape(prompt))
@@ -204,11 +208,11 @@ def open_clip_clean(prompt):
 class HPSv2:
     """Human Preference Score v2.1: the cosine of a fine-tuned OpenCLIP ViT-H-14.
 
-    It is about 0.2 to 0.35 (tgxs002/HPSv2 hpsv2/img_score.py).
+    The score is about 0.2 to 0.35 (tgxs002/HPSv2 hpsv2/img_score.py).
     """
 
     def __init__(self, device, dtype):
-        import_ftfy()                                   # before 4 GB are fetched
+        import_ftfy()                                   # fails before 4 GB are fetched
         file = "HPS_v2.1_compressed.pt"
         path = weights("xswu/HPSv2", file) / file
         state = read_pt(path, ["state_dict"])["state_dict"]

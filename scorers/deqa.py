@@ -3,10 +3,10 @@
     deqa = DeQA("cuda", torch.float16)           # loads 16.4 GB
     deqa(images)                                 # (N, 3, H, W) in [0, 1] -> (N,) float32 on the CPU
 
-The model is mPLUG-Owl2. A CLIP-like ViT-L/14 sees the image at 448 x 448. An abstractor of 64
-learned queries sums its 1025 tokens up in 65. A LLaMA-2 7B, in which text and image have norms,
-keys and values of their own, continues "The quality of the image is". The score is the expected
-level under its next word, of excellent, good, fair, poor and bad.
+The model is mPLUG-Owl2. A CLIP-like ViT-L/14 turns the image, at 448 x 448, into 1025 tokens. An
+abstractor with 64 learned queries reduces them to 65 tokens. A LLaMA-2 7B then continues "The
+quality of the image is". In it, text and image have separate norms, keys and values. Its next word
+gives probabilities of bad, poor, fair, good and excellent. The score is the expected level, 1 to 5.
 
 This is plain torch, without remote code. Parameter names are those of the released checkpoint, so
 its files load strictly and nothing is remapped. An image costs 2 TFLOP: 0.72 in the ViT, 0.04 in
@@ -32,9 +32,9 @@ from scorers.weights import weights
 
 REPO = "zhiyuanyou/DeQA-Score-Mix3"
 
-# The one prompt (src/evaluate/scorer.py:18), as LLaMA-2's tokenizer splits it. The parts before and
-# after the image are split apart from each other (src/mm_utils.py:53). Token ids belong to the
-# weights, so they stand here, and no tokenizer has to be loaded.
+# The one prompt (src/evaluate/scorer.py:18), and its token ids from LLaMA-2's tokenizer. The parts
+# before and after the image are tokenized separately (src/mm_utils.py:53). Token ids are fixed with
+# the weights. So they are written here, and no tokenizer has to be loaded.
 PROMPT = ("USER: How would you rate the quality of this image?\n<|image|>\n"
           "ASSISTANT: The quality of the image is")
 # <s> USER: ... this image? \n
@@ -52,7 +52,7 @@ TOKENIZER = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
 def pixels_of(images, size):
     """images (N, 3, H, W) in [0, 1] -> (N, 3, size, size) float32, normalised.
 
-    Each is put on a square of the mean colour (src/evaluate/scorer.py:42), and then resized.
+    Each image is padded to a square with the mean colour (src/evaluate/scorer.py:42), then resized.
     """
     colour = tuple(int(255 * mean) for mean in CLIP_MEAN)
     squares = []
@@ -104,7 +104,7 @@ class VisionLayer(nn.Module):
 
     def forward(self, x):                               # (B, T, D)
         qkv = self.self_attn.query_key_value(self.input_layernorm(x))
-        # They lie side by side within each head.
+        # Within each head, q, k and v lie side by side.
         qkv = qkv.unflatten(-1, (self.heads, 3, -1))    # (B, T, h, 3, d)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)            # (B, h, T, d) each
         x = x + self.self_attn.dense(attention(q, k, v))
@@ -116,7 +116,7 @@ class VisionLayer(nn.Module):
 class Vision(nn.Module):
     """pixels (B, 3, S, S) -> (B, 1 + (S / patch)^2, D), normalised (visual_encoder.py:393).
 
-    The first token is of the class, the others are the patches.
+    The first token is the class token, and the others are the patches.
     """
 
     def __init__(self, image_size, patch_size, hidden_size, intermediate_size, num_hidden_layers,
@@ -151,7 +151,7 @@ class Vision(nn.Module):
 class AbstractorLayer(nn.Module):
     """Queries attend to themselves and to the image (visual_encoder.py:600).
 
-    The positions of both are stored as buffers.
+    The position embeddings of queries and image are stored as buffers.
     """
 
     def __init__(self, width, inner, heads, eps, queries, tokens):
@@ -172,7 +172,7 @@ class AbstractorLayer(nn.Module):
 
     def forward(self, x, image):                        # (B, queries, D), (B, tokens, D)
         cross = self.crossattention
-        # The residual below is the normalised x (line 642).
+        # The residual connection below starts from the normalised x (line 642).
         x = cross.norm1(x)
         x = x + cross.output.out_proj(self.attend(x, cross.normk(image)))
         y = cross.output.norm2(x)
@@ -217,7 +217,7 @@ class Abstractor(nn.Module):
 
 
 class Multiway(nn.Module):
-    """Two modules of a kind (modeling_llama2.py:40): for tokens of text, and for the image's."""
+    """Two modules of one kind: for text tokens and for image tokens (modeling_llama2.py:40)."""
 
     def __init__(self, make):
         super().__init__()
@@ -359,10 +359,10 @@ def tensors_of(folder):
 def load(net, folder, device, dtype):
     """Give net, which may be on the meta device, the weights in folder.
 
-    They go tensor by tensor, so that there is one copy of them in memory.
+    The tensors are converted one by one and assigned, so that memory holds only one copy.
     """
     reads = tensors_of(folder)
-    # transformers before 4.32 saved RoPE's frequencies, which are no weights.
+    # transformers before 4.32 also saved RoPE's frequencies, which are not weights.
     names = [name for name in reads if not name.endswith("rotary_emb.inv_freq")]
     want = shapes_of(net.state_dict())
     got = {name: tuple(reads[name]().shape) for name in names}
@@ -372,7 +372,7 @@ def load(net, folder, device, dtype):
 
 
 def check_tokenizer(path):
-    """BEFORE and AFTER are token ids of this very tokenizer."""
+    """ValueError unless path is the tokenizer whose token ids BEFORE and AFTER are."""
     if hashlib.sha256(path.read_bytes()).hexdigest() != TOKENIZER:
         raise ValueError(f"DeQA: got another tokenizer in {path}, expected LLaMA-2's, "
                          f"sha256 {TOKENIZER}: copy {REPO}'s")
@@ -404,6 +404,7 @@ class DeQA:
         for part in images.split(self.batch):
             pixels = pixels_of(part, size).to(head)
             logits = self.net(pixels, BEFORE, AFTER)[:, tokens]
-            # In float32. The original's half precision has steps of 0.002 and more between scores.
+            # The original computes this in half precision, in which scores have steps of 0.002 or
+            # more. Here it is float32.
             scores.append(logits.float().softmax(-1).cpu() @ levels)
         return torch.cat(scores)

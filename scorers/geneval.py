@@ -10,17 +10,17 @@ The benchmark runs mmdet's Mask2Former (Swin-S, COCO instances), which needs mmd
 mmcv of 2023. Here it is Meta's Mask2Former in transformers, with mmdet's resizing and padding, and
 its reading of masks and scores. The two may differ in the weights: mmdet trained its own (mask AP
 46.1 on COCO val2017), and the hub has Meta's (46.3). Architecture and data are the same. By design
-nothing else differs, but a resized pixel may by one grey level: cv2 computes it in fixed point.
+there is one other difference: cv2 resizes in fixed point, so a pixel may differ by one grey level.
 
 Do not use transformers' post_process_instance_segmentation for this. It reads the masks at
-384 x 384 and thresholds them before it resizes, so boxes and mask scores differ; its default
+384 x 384 and thresholds them before it resizes, so boxes and mask scores differ. Its default
 threshold is 0.5.
 
-To check yours: generate 4 images for each of the benchmark's 553 prompts, with a model of its table
-(djghosh13/geneval README). Score them with the reward geneval_benchmark and compare the tags.
-Stable Diffusion 2.1 has 0.98 single, 0.51 two, 0.44 counting, 0.85 colours, 0.07 position, 0.17
-colour attribution and 0.50 overall. With 320 to 400 images a tag, 0.03 either way is luck: one
-standard error is up to 0.028.
+To check your installation, generate 4 images for each of the benchmark's 553 prompts. Use a model
+of its table (djghosh13/geneval README). Score them with the reward geneval_benchmark, and compare
+the tags. Stable Diffusion 2.1 has 0.98 single, 0.51 two, 0.44 counting, 0.85 colours, 0.07
+position, 0.17 colour attribution and 0.50 overall. A tag has 320 to 400 images, so its standard
+error is up to 0.028. A difference of 0.03 may be chance.
 
 Sources: GenEval, djghosh13/geneval evaluation/evaluate_images.py; mmdet 2.28.2
 (configs/mask2former, maskformer_fusion_head.py); for the colours open_clip 2.20.0 and
@@ -52,12 +52,13 @@ TEMPLATES = ("a photo of a {color} {name}",
              "a photo of a {color}-colored {name}",
              "a photo of a {color} object")
 
-# evaluate_images.py, main. Its threshold of non-maximum suppression is 1, which means none.
+# From main in evaluate_images.py. There the threshold of non-maximum suppression is 1, so none
+# takes place.
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
-MAX_OBJECTS = 16         # of a class
+MAX_OBJECTS = 16         # of one class in an image
 MAX_INSTANCES = 100      # mmdet's test_cfg.max_per_image
-# RGB, of pixels in 0 .. 255.
+# For RGB pixels in 0 .. 255.
 COCO_MEAN = (123.675, 116.28, 103.53)
 COCO_STD = (58.395, 57.12, 57.375)
 BATCH = 8                # images in one forward
@@ -68,7 +69,7 @@ BATCH = 8                # images in one forward
 class Mask2Former(torch.nn.Module):
     """transformers' Mask2FormerModel and the linear layer of the classes, in float32.
 
-    Its Mask2FormerForUniversalSegmentation is the same, but wants scipy.
+    transformers' Mask2FormerForUniversalSegmentation computes the same, but needs scipy.
     """
 
     def __init__(self, folder):
@@ -85,7 +86,7 @@ class Mask2Former(torch.nn.Module):
     def forward(self, x):
         """x (N, 3, H, W) -> class logits (N, Q, 81) and mask logits (N, Q, H / 4, W / 4).
 
-        Both are of the last layer.
+        Both come from the last layer. Q is the number of queries.
         """
         out = self.model(pixel_values=x, output_hidden_states=True)
         queries = out.transformer_decoder_intermediate_states[-1].transpose(0, 1)
@@ -120,7 +121,7 @@ def check_classes(metas):
 def check_labels(id2label):
     """ValueError unless the detector's labels are COCO's 80 in order.
 
-    VOC's spellings (sofa, tvmonitor) and LABEL_7 are let through.
+    Names that are not in CLASSES pass, such as VOC's spellings (sofa, tvmonitor) and LABEL_7.
     """
     moved = []
     for i, name in id2label.items():
@@ -135,8 +136,8 @@ def check_labels(id2label):
 def detector_input(pixels):
     """(N, 3, H, W) uint8 RGB -> (N, 3, H', W') normalised, and the size before the padding.
 
-    It is mmdet's test_pipeline of this model. The image is scaled to fit 1333 x 800, so 512 x 512
-    becomes 800 x 800. Grey 128 pads it below and to the right, to multiples of 32.
+    This is mmdet's test_pipeline for Mask2Former. The image is scaled to fit 1333 x 800. So
+    512 x 512 becomes 800 x 800. Grey 128 pads it below and to the right, to multiples of 32.
     """
     height, width = pixels.shape[-2:]
     scale = min(1333 / max(height, width), 800 / min(height, width))
@@ -148,9 +149,9 @@ def detector_input(pixels):
 
 
 def resize_masks(logits, padded, resized, size):
-    """Mask logits (M, h, w) -> (M, *size), by way of the network's input and without its padding.
+    """Mask logits (M, h, w) -> (M, *size): resize to padded, cut the padding off, resize to size.
 
-    The sizes are those of instances. mmdet resizes the logits, not the masks.
+    padded, resized and size: see instances. Like mmdet, this resizes the logits, not the masks.
     """
     logits = F.interpolate(logits[None], padded, mode="bilinear", align_corners=False)
     logits = logits[..., :resized[0], :resized[1]]
@@ -179,7 +180,8 @@ def instances(class_logits, mask_logits, padded, resized, size, threshold):
     """
     probs = class_logits.softmax(-1)[:, :-1]
     scores, pairs = probs.flatten().topk(min(MAX_INSTANCES, probs.numel()))
-    # The score of a mask is below 1, so the other pairs cannot pass. Their masks are spared.
+    # The score of a mask is at most 1, so the other pairs cannot pass the threshold below. Their
+    # masks are not computed.
     keep = scores > threshold
     scores = scores[keep]
     pairs = pairs[keep]
@@ -213,14 +215,17 @@ def most_confident(scores, labels):
 
 
 def color_crop(image, mask, box):
-    """The object on grey, cut out. image: Pillow; mask: (H, W) bool array; box in pixels."""
+    """The object on grey, cropped to its box (in pixels).
+
+    image: a Pillow image. mask: a bool array (H, W).
+    """
     blank = Image.new("RGB", image.size, "#999")
     on_grey = Image.composite(image, blank, Image.fromarray(mask))
     return on_grey.crop(tuple(round(side) for side in box))
 
 
 def text_embeddings(clip, tokenizer, texts):
-    """Normalised (len(texts), D) float32."""
+    """texts -> their normalised embeddings (len(texts), D), float32."""
     tokens = tokenizer(texts, padding=True, return_tensors="pt").to(clip.device)
     return F.normalize(clip.get_text_features(**tokens).pooler_output.float(), dim=-1)
 
@@ -247,15 +252,15 @@ def color_classifier(clip, tokenizer, name):
 
 
 class Detector:
-    """The objects of an image. One whose class has a colour in the prompt gets its own colour.
+    """The objects of an image. An object has a colour only if the prompt names one for its class.
 
-    Mask2Former computes in float32 whatever dtype is, as in the benchmark, for its thresholds are
-    sharp. CLIP computes in dtype (the benchmark: autocast).
+    Mask2Former ignores dtype and computes in float32, as in the benchmark: near a threshold a small
+    error would change the result. CLIP computes in dtype (the benchmark: autocast).
 
     The CLIP of the colours has QuickGELU. transformers' openai/clip-vit-large-patch14 has it, and
     so has the benchmark's open_clip 2.20.0: its loader of pretrained="openai" switches it on.
-    Newer open_clip (seen in 3.3.0) only warns, and computes "ViT-L-14" with plain GELU. A GenEval
-    run on that, without "ViT-L-14-quickgelu", has other colours than the benchmark and this.
+    Newer open_clip (seen in 3.3.0) only warns, and computes "ViT-L-14" with plain GELU. With it,
+    GenEval finds other colours than the benchmark and this, unless "ViT-L-14-quickgelu" is set.
     """
 
     def __init__(self, device, dtype, detector="facebook/mask2former-swin-small-coco-instance",

@@ -86,7 +86,7 @@ def text_config_of(state, image_width):
 
 
 class ImageReward:
-    """A linear head scores the [CLS] of BLIP. It is standardised over the authors' data."""
+    """A linear head scores BLIP's [CLS]. The score is standardised over the authors' data."""
     # THUDM/ImageReward ImageReward/ImageReward.py:80.
     MEAN = 0.16717362830052426
     STD = 1.0333394966054072
@@ -101,11 +101,11 @@ class ImageReward:
         self.net = nn.ModuleDict({
             "vision": vision.to(dtype),
             "text": text.to(dtype),
-            "head": score_head(head_state, path),       # stays float32, as there
+            "head": score_head(head_state, path),       # stays float32, as in the original
         }).to(device)
         vocabulary = weights("google-bert/bert-base-uncased", "vocab.txt")
         self.tokenizer = BertTokenizer.from_pretrained(vocabulary)
-        # BLIP's own, one token each in a prompt.
+        # BLIP adds these two. In a prompt, each of them is one token.
         self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The size of an image's file (DDPO, arXiv 2305.13301). No weights: a first run's sanity check."""
+"""The size of an image's file (DDPO, arXiv 2305.13301). It has no weights: use it for a test."""
 import io
 
 import torch

@@ -2,8 +2,8 @@
 
     UNIFIEDREWARD_URL=http://127.0.0.1:17140/v1 python train_grpo.py --reward unifiedreward ...
 
-$UNIFIEDREWARD_URL and $QWENVL_URL say where they are, $UNIFIEDREWARD_MODEL and $QWENVL_MODEL how
-the server calls them. $OPENAI_API_KEY is the key, where the server wants one.
+$UNIFIEDREWARD_URL and $QWENVL_URL are the endpoints. $UNIFIEDREWARD_MODEL and $QWENVL_MODEL are the
+names of the models on the server. $OPENAI_API_KEY is the key, if the server needs one.
 """
 import base64
 import http.client
@@ -23,9 +23,9 @@ from scorers.pixels import check_pairs, to_uint8
 
 # ------------------------------------------------------------------ what is asked
 
-# The question to UnifiedReward-7b-v1.5 in flow_grpo/rewards.py (unifiedreward_score_sglang), word
-# for word: the model was trained on this form, and other words move its scores. There, too, the
-# image is scaled to 512 x 512.
+# The question is copied word for word from flow_grpo/rewards.py (unifiedreward_score_sglang), for
+# UnifiedReward-7b-v1.5. The model was trained on this form, and other words change its scores.
+# flow_grpo also scales the image to 512 x 512.
 UNIFIED_REWARD = dict(
     question=(
         "<image>\n"
@@ -43,8 +43,8 @@ UNIFIED_REWARD = dict(
     size=512)
 
 # For a general model such as Qwen2.5-VL. The prompt plays no part.
-# DEVIATION: the five levels and the tags are those of flow_grpo/qwenvl.py, the wording is not. So
-# compare a score only with others that were asked for in these words.
+# DEVIATION: the five levels and the tags are those of flow_grpo/qwenvl.py, but the wording is not.
+# So compare a score only with scores that were asked for in these words.
 QWEN_VL = dict(
     question=(
         "Judge the visual quality of this image, whatever it shows, on a scale from 1 to 5:\n"
@@ -70,7 +70,7 @@ class Refused(Exception):
 
     def __init__(self, status, text):
         super().__init__(f"HTTP {status}: {text}")
-        # A redirection or a refusal would come again; 408 and 429 ask for patience.
+        # A second try would get the same redirection or refusal. 408 and 429 are temporary.
         self.final = 300 <= status < 500 and status not in (408, 429)
 
 
@@ -82,8 +82,8 @@ class VLMJudge:
     question: what is asked of each image, with the prompt in place of {prompt}.
     answer: the pattern whose first group is the score. size: scale images to size x size first.
     workers: requests at a time. timeout: seconds that the server may stay silent.
-    tries: of one request, with pauses of pause, 2 pause, 4 pause, ... seconds.
-    An image that gets no score in all its tries raises.
+    tries: how often one request is sent, with pauses of pause, 2 pause, 4 pause, ... seconds.
+    ValueError if an image has no score after its last try.
 
     The client is http.client. huggingface_hub.InferenceClient would send the user's Hugging Face
     token to the endpoint where no key is set, follow redirections, use a proxy, and refuse to
@@ -109,7 +109,7 @@ class VLMJudge:
         self.max_tokens = max_tokens
         self.headers = {"Content-Type": "application/json"}
         key = os.environ.get("OPENAI_API_KEY", "").strip()
-        # http.client would refuse such a key, too, but print it.
+        # http.client would refuse such a key too, but its error would print the key.
         if not re.fullmatch(r"[!-~]*", key):
             raise ValueError("judge: got white space or other than ASCII inside $OPENAI_API_KEY, "
                              "expected one word; set it anew")
@@ -125,7 +125,7 @@ class VLMJudge:
             futures = [pool.submit(self.score_one, array, prompt, stop)
                        for array, prompt in zip(to_uint8(images), prompts)]
             for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                future.result()                         # raises, where one failed
+                future.result()                         # raises the error if it failed
             scores = [future.result() for future in futures]
             return torch.tensor(scores, dtype=torch.float32)
         finally:
@@ -133,7 +133,7 @@ class VLMJudge:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def score_one(self, array, prompt, stop):
-        """Ask until there is a score. stop: an event that ends the pauses."""
+        """Ask until there is a score. stop: an event that ends a pause, and with it the tries."""
         body = self.body(array, prompt)
         for tried in range(1, self.tries + 1):
             final = False
@@ -204,7 +204,7 @@ class VLMJudge:
 
 
 def from_environment(name, model):
-    """(endpoint, model) of the judge behind the reward called name. model: the default."""
+    """(endpoint, model) for the reward called name. model: the default name on the server."""
     url = os.environ.get(f"{name.upper()}_URL")
     if not url:
         raise ValueError(f"reward {name}: is asked of an OpenAI-compatible endpoint, but "

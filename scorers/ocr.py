@@ -30,14 +30,14 @@ BATCH = 8                # images in one forward of the detector
 
 # ------------------------------------------------------------------ where the lines of text are
 
-# paddleocr 2.9.1 tools/infer/utility.py; the last two are DBPostProcess's own.
+# From paddleocr 2.9.1 tools/infer/utility.py. MIN_SIZE and MAX_CANDIDATES are DBPostProcess's.
 DET_MAX_SIDE = 960       # of an image, in pixels
 DET_THRESHOLD = 0.3      # a pixel is text above it
 BOX_SCORE = 0.6          # mean probability in a box
 UNCLIP = 1.5
-MIN_SIZE = 3             # of a box on the map, in pixels
+MIN_SIZE = 3             # pixels on the map, of the shorter side
 MAX_CANDIDATES = 1000
-# ImageNet's for RGB, but applied to BGR: PP-OCR was trained so.
+# ImageNet's values for RGB. They are applied to BGR, because PP-OCR was trained in this way.
 DET_MEAN = (0.485, 0.456, 0.406)
 DET_STD = (0.229, 0.224, 0.225)
 
@@ -45,7 +45,7 @@ DET_STD = (0.229, 0.224, 0.225)
 def text_detector_input(pixels):
     """(N, 3, H, W) uint8 RGB -> (N, 3, H', W') normalised BGR, with sides that are multiples of 32.
 
-    The longer side is at most 960 before it is rounded.
+    The longer side is at most 960 before both sides are rounded to multiples of 32.
     """
     height, width = pixels.shape[-2:]
     ratio = min(1, DET_MAX_SIDE / max(height, width))
@@ -64,8 +64,8 @@ def distance(a, b):
 def corners_of(rectangle):
     """The corners (4, 2) of one of OpenCV's rectangles (centre, sides, angle).
 
-    They are top left, top right, bottom right and bottom left, for text that is not steeper than
-    45 degrees (PP-OCR's get_mini_boxes).
+    Their order is top left, top right, bottom right, bottom left (PP-OCR's get_mini_boxes). This
+    holds for text that is not steeper than 45 degrees.
     """
     corners = sorted(cv2.boxPoints(rectangle).tolist(), key=itemgetter(0))
     top_left, bottom_left = sorted(corners[:2], key=itemgetter(1))
@@ -86,8 +86,8 @@ def box_score(prob, box):
 def text_boxes(prob, height, width):
     """Probability map (h, w) -> boxes (M, 4, 2) of lines of text in the image (height, width).
 
-    This is DB's post-processing. DB marks only the core of a line, so that lines do not touch.
-    Every box is therefore grown by area * UNCLIP / perimeter; that of a long line becomes 2.5
+    This is the post-processing of DB. DB marks only the core of a line, so that lines do not touch.
+    So every box grows on each side by area * UNCLIP / perimeter. The box of a long line becomes 2.5
     times as high.
     """
     scale = (width / prob.shape[1], height / prob.shape[0])
@@ -101,7 +101,7 @@ def text_boxes(prob, height, width):
         if box_score(prob, corners_of((centre, sides, angle))) < BOX_SCORE:
             continue
         area = sides[0] * sides[1]
-        # Moved out by this on every side, a box always passes paddle's second check, 5 pixels.
+        # After this a box has at least 5 pixels a side, so paddle's second check is not needed.
         grow = area * UNCLIP / (2 * sum(sides))
         grown = [side + 2 * grow for side in sides]
         box = np.round(corners_of((centre, grown, angle)) * scale)
@@ -116,8 +116,8 @@ def reading_order(boxes):
     """Indices of boxes (M, 4, 2): lines from top to bottom, and from left to right in a line.
 
     DEVIATION: paddleocr takes two boxes for one line if their top left corners are within 10
-    pixels. Here the heights of their centres must differ by less than half the height of the
-    lower box, so that the order does not change with the size of the image.
+    pixels. Here the y of their centres must differ by less than half the height of the less tall
+    box, so that the order does not change with the size of the image.
     """
     left = boxes[..., 0].min(1)
     centre = boxes[..., 1].mean(1)
@@ -141,14 +141,14 @@ REC_HEIGHT = 48
 REC_WIDTH = 320          # at least
 REC_MAX_WIDTH = 3200
 REC_BATCH = 16           # lines in one forward
-# paddleocr's drop_score: what is read with less confidence is not reported.
+# paddleocr's drop_score: a line that is read with less confidence is not reported.
 MIN_CONFIDENCE = 0.5
 
 
 def cut_out(image, box):
     """The box (4, 2) of a Pillow image, turned upright.
 
-    A tall box is taken for a line that runs upwards, and is laid flat.
+    A tall box counts as a line turned by 90 degrees, and is turned counter-clockwise to be flat.
     """
     top_left, top_right, bottom_right, bottom_left = box
     width = int(max(distance(top_left, top_right), distance(bottom_left, bottom_right)))
@@ -168,9 +168,9 @@ def aspect(crop):
 def recogniser_input(crops):
     """Pillow images of lines -> (N, 3, 48, W) BGR in [-1, 1], with W from 320 to 3200.
 
-    Each line keeps its own proportions, and 0 pads it on the right.
-    DEVIATION from transformers' processor, which stretches all lines of a batch to one width and
-    keeps RGB: this is PP-OCR's own input, which the weights were trained with.
+    Each line keeps its own proportions, and 0 pads it on the right. This is PP-OCR's own input:
+    the weights were trained with it.
+    DEVIATION: transformers' processor stretches all lines of a batch to one width and keeps RGB.
     """
     widest = max([REC_WIDTH / REC_HEIGHT] + [aspect(crop) for crop in crops])
     width = min(int(REC_HEIGHT * widest), REC_MAX_WIDTH)
@@ -184,9 +184,9 @@ def recogniser_input(crops):
 
 
 def ctc_decode(index, prob, characters):
-    """The text and its confidence: repeats are one character, then blanks (0) go.
+    """(text, confidence). Repeats become one character, then blanks (0) are removed.
 
-    index and prob (T,) are of the most probable character at every step.
+    index, prob: number and probability of the most probable character at each step, (T,) each.
     """
     keep = index != 0
     keep[1:] &= index[1:] != index[:-1]
@@ -209,7 +209,7 @@ def load_part(folder, part, dtype):
 
 
 def read_characters(folder, outputs):
-    """The characters of the recogniser, one for each of its outputs; the blank is the first."""
+    """The characters of the recogniser, one for each of its outputs. The first is the blank."""
     path = folder / "preprocessor_config.json"
     characters = json.loads(path.read_text()).get("character_list", [])
     if len(characters) != outputs:
@@ -271,7 +271,7 @@ class Reader:
         """Pillow images of lines -> list of (text, confidence), in their order."""
         net = self.net["rec"]
         read = [None] * len(crops)
-        # Lines of about one length go together, so that there is little padding.
+        # Lines of similar proportions share a batch, so that there is little padding.
         order = sorted(range(len(crops)), key=lambda i: aspect(crops[i]))
         for i in range(0, len(order), REC_BATCH):
             batch = order[i:i + REC_BATCH]

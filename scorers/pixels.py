@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-# Of pixels in [0, 1] (openai/CLIP clip/clip.py).
+# For RGB pixels in [0, 1] (openai/CLIP clip/clip.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -14,9 +14,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def to_uint8(images):
-    """(N, 3, H, W) in [0, 1] -> (N, H, W, 3) uint8 on the CPU, an array: what a PNG would hold.
+    """(N, 3, H, W) in [0, 1] -> a numpy array (N, H, W, 3) of uint8, as a PNG would hold it.
 
-    flow_grpo's rewards round in this way.
+    It rounds in the same way as flow_grpo's rewards.
     """
     if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images: got shape {tuple(images.shape)} of {images.dtype}, "
@@ -24,7 +24,7 @@ def to_uint8(images):
     if not images.isfinite().all():
         raise ValueError("images: got values that are not finite, expected [0, 1]; "
                          "look for the step of the sampler that made them")
-    # In float32: bfloat16 would round 101.3 to 101.5, and that to 102.
+    # This needs float32: bfloat16 would hold 101.3 as 101.5, which then rounds to 102.
     levels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -45,7 +45,7 @@ def to_pil(pixels):
 
 
 def check_pairs(images, prompts):
-    """Without one prompt an image, the last operation of a scorer would broadcast silently."""
+    """ValueError unless each image has one prompt. A scorer could broadcast others silently."""
     if len(images) != len(prompts) or isinstance(prompts, str):
         raise ValueError(f"scorer: got {len(prompts)} prompts for {len(images)} images, "
                          "expected a list with one prompt an image")
@@ -55,7 +55,7 @@ def check_pairs(images, prompts):
 
 
 def normalize(pixels, mean=CLIP_MEAN, std=CLIP_STD):
-    """(N, 3, H, W), or (3, H, W), with each channel's mean taken away, over its deviation."""
+    """Subtract each channel's mean and divide by its deviation. pixels: (N, 3, H, W), (3, H, W)."""
     mean = torch.tensor(mean, device=pixels.device).reshape(3, 1, 1)
     std = torch.tensor(std, device=pixels.device).reshape(3, 1, 1)
     return (pixels - mean) / std
@@ -71,7 +71,7 @@ def shortest_to(size, height, width):
 
 
 def resize_floats(pixels, height, width, mode):
-    """Resize as torchvision does tensors: smoothed first (its default since 0.17), not clamped."""
+    """Resize as torchvision does: antialiased (its default since 0.17), and not clamped."""
     if pixels.shape[2:] == (height, width):
         return pixels
     return F.interpolate(pixels, (height, width), mode=mode, antialias=True)
@@ -80,7 +80,7 @@ def resize_floats(pixels, height, width, mode):
 def resize_like_cv2(pixels, height, width):
     """(N, 3, H, W) of 0 .. 255 -> (N, 3, height, width) float32 of whole numbers.
 
-    It is cv2.resize's way: bilinear, and never smoothed first.
+    Like cv2.resize it is bilinear, without antialiasing.
     """
     resized = F.interpolate(pixels.float(), (height, width), mode="bilinear", align_corners=False)
     return resized.round()
@@ -92,9 +92,9 @@ def resize_like_cv2(pixels, height, width):
 def clip_input(pictures, size, crop=math.floor):
     """Pillow images -> CLIP's input (N, 3, size, size), normalised.
 
-    Pillow's bicubic brings the shortest side to size, in grey levels; the centre is cut out. So
-    the ends of a long picture are not seen. crop rounds half a pixel: transformers' processor
-    takes the floor, torchvision's CenterCrop rounds to even (crop=round).
+    Pillow's bicubic resizes the shortest side to size, in grey levels. The centre is then cut out,
+    so the ends of a long picture are lost. crop: the function that rounds the offset of the cut.
+    transformers' processor takes the floor, and torchvision's CenterCrop rounds to even (round).
     """
     centres = []
     for picture in pictures:
@@ -115,7 +115,7 @@ def clip_pixels(images, size, crop=math.floor):
 def clipscore_pixels(images, size):
     """The input (N, 3, size, size) of flow_grpo's CLIPScore (flow_grpo/clip_scorer.py).
 
-    It is CLIP's, but bilinear (torchvision's default) and on floats.
+    It is CLIP's input, but resized as floats, and bilinearly (torchvision's default).
     """
     pixels = as_floats(images)
     height, width = shortest_to(size, *pixels.shape[2:])
@@ -128,7 +128,7 @@ def clipscore_pixels(images, size):
 def hps_pixels(images, size):
     """HPSv2's input (N, 3, size, size) (hpsv2/src/open_clip/transform.py, ResizeMaxSize).
 
-    The LONGEST side is brought to size, on floats, and black bars fill the rest.
+    The LONGEST side is resized to size, as floats, and black bars fill the rest.
     """
     pixels = as_floats(images)
     scale = size / max(pixels.shape[2:])

@@ -34,11 +34,11 @@ def weights(repo, *files):
 
 
 def download(repo, files, looked, mend):
-    """The folder in the hub's cache. looked, mend: for the error, if there is no way to it."""
+    """The folder in the hub's cache. looked, mend: parts of the error if the download fails."""
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(repo, allow_patterns=list(files)))
-    except Exception as error:                          # of the network, the hub or the disk
+    except Exception as error:                          # from network, hub or disk
         raise ValueError(f"weights of {repo}: got {looked}, and from the Hugging Face hub "
                          f"{type(error).__name__} ({first_line(error)}); {mend}") from error
 
@@ -47,7 +47,7 @@ def download(repo, files, looked, mend):
 
 
 def count_layers(state, prefix):
-    """How many numbers follow the prefix in the names of a state dict."""
+    """The number of layers: how many different numbers follow the prefix in a state dict."""
     numbers = set()
     for name in state:
         if name.startswith(prefix):
@@ -68,10 +68,11 @@ def rename(state, table):
 def pretrained(cls, folder, config=None, state=None, dtype=torch.float32, others=(), **options):
     """A transformers model, loaded strictly and frozen.
 
-    It is read from a folder; or made from a config and a state dict, and folder is then the path
-    that errors name. others: how the names of tensors begin that belong to other parts.
+    It is read from a folder, or made from a config and a state dict. In the second case folder is
+    only the path that errors name.
+    others: prefixes of tensors of other parts, which the file may hold and which are ignored.
     """
-    # from_pretrained is told to report what does not fit, and the check below refuses it.
+    # from_pretrained only reports the tensors that do not fit. The check below raises the error.
     net, report = cls.from_pretrained(
         folder if state is None else None, config=config, state_dict=state, dtype=dtype,
         use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options)
@@ -91,8 +92,8 @@ def pretrained(cls, folder, config=None, state=None, dtype=torch.float32, others
 def score_head(state, path):
     """The five linear layers that Aesthetic and ImageReward end in, with no activation between.
 
-    state: "layers.0.weight", ... The dropouts do nothing here, but give the layers the numbers
-    that they have in the file. path: of that file, which errors name.
+    state: a dict of "layers.0.weight", ... path: its file, which errors name.
+    The dropouts do nothing here. They only give the linear layers the same numbers as in the file.
     """
     width = state["layers.0.weight"].shape[-1]
     layers = nn.Sequential(nn.Linear(width, 1024), nn.Dropout(0.2),

@@ -4,15 +4,15 @@ from pathlib import Path
 
 from plumbing.files import open_tensors
 
-# name -> its class. A world is imported when it is asked for.
+# name -> "module.Class". The module is imported only when its world is asked for.
 WORLDS = {"tiny": "worlds.tiny.Tiny", "sd3": "worlds.sd3.SD3"}
 
 
 def world_name(path):
-    """The world of a --model: the one that the file's metadata name, else Stable Diffusion 3's.
+    """The name of a --model's world: "world" in the file's metadata, or "sd3" without it.
 
-    path: a safetensors file, SD3.5's published folder, or its name on the hub. A path that does not
-    exist counts as sd3, so that --help works. worlds/paths.py reports it later.
+    path: a safetensors file, SD3.5's published folder, or its name on the hub. Everything that is
+    no file here counts as sd3. So --help works, and worlds/paths.py reports a wrong path later.
     """
     if not Path(path).is_file():
         return "sd3"
@@ -44,7 +44,7 @@ def load(model, *args, **options):
 
 
 def presets(table):
-    """This gives cli.run a function from --model to its defaults.
+    """Make the function that cli.run needs: it maps a --model to the defaults of its world.
 
     table: {world: {option: default}}.
     """

@@ -7,8 +7,8 @@ from plumbing.files import first_line
 def find(path, text_encoders=True):
     """The safetensors file that a --model means.
 
-    It is the path itself, the file in SD3.5's published folder, or the hub's. The hub's is fetched,
-    and with it, if they are wanted, the text encoders.
+    It is the path itself, the file in SD3.5's published folder, or a file on the hub. A file on the
+    hub is downloaded. The text encoders are downloaded too, if text_encoders is true.
     """
     folder = Path(path)
     if folder.is_file():
@@ -24,7 +24,7 @@ def find(path, text_encoders=True):
 
 
 def fetch(name, text_encoders):
-    """The folder of a model on the hub, "organisation/model", brought to this machine."""
+    """The folder of a model on the hub, "organisation/model", downloaded to this machine."""
     path = Path(name)
     if path.is_absolute() or len(path.parts) != 2 or path.suffix == ".safetensors":
         raise ValueError(f"--model {name}: no such file or folder; expected a safetensors file "
@@ -38,7 +38,7 @@ def fetch(name, text_encoders):
     try:
         return Path(snapshot_download(str(name), allow_patterns=wanted,
                                       ignore_patterns=superfluous))
-    # Whatever the hub's client raises: no network, no such model, licence not accepted, ...
+    # The hub's client raises many types: no network, no such model, licence not accepted, ...
     except Exception as error:
         why = first_line(f"{type(error).__name__}: {error}")
         raise ValueError(f"--model {name}: is no file or folder here, and the hub did not give "

@@ -8,15 +8,15 @@ A prompt is a dict with "prompt", "task" and "tag". GenEval's have more, in the 
      "exclude": [{"class": "cat", "count": 2}]}
 
 A clause of "include" may also have a "color". A position is a relation and the index of an earlier
-clause. "exclude" may be left out; it forbids that many objects of a class, or more.
+clause. "exclude" is optional. Its clause forbids "count" or more objects of a class.
 
     --prompts geneval=DIR     train_metadata.jsonl, test_metadata.jsonl: one JSON object a line
     --prompts ocr=DIR         train.txt, test.txt: one prompt a line
     --prompts geneval=FILE    GenEval's own evaluation_metadata.jsonl (a folder with it will do
                               too), for evaluation
 
-All are read and checked before any time is spent. A task that is not one of the world's may be
-given so too; it then needs a --reward.
+All files are read and checked before the slow work starts. --prompts may also name a task that the
+world does not have. That task then needs a --reward.
 
 Sources: GenEval arXiv 2310.11513, djghosh13/geneval; Flow-GRPO arXiv 2505.05470,
 yifan123/flow_grpo.
@@ -30,7 +30,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 # GenEval's kinds of prompt, and how often Flow-GRPO trains on each (on single_object never).
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 TRAIN_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
-# split -> the files that may hold it; the first that is there is read.
+# split -> the files that may hold it. The first one that exists is read.
 FILES = {"train": ("train_metadata.jsonl", "train.txt"),
          "eval": ("test_metadata.jsonl", "test.txt", "evaluation_metadata.jsonl")}
 
@@ -42,7 +42,7 @@ def with_article(name):
 
 
 def draw_tag(rng, tags):
-    """One of tags, {tag: weight}."""
+    """Draw one tag at random. tags: {tag: weight}."""
     weights = np.array(list(tags.values()), float)
     return list(tags)[rng.choice(len(weights), p=weights / weights.sum())]
 
@@ -91,7 +91,7 @@ def ocr_target(prompt) -> str:
 
 
 def accept_all(meta):
-    """The check of a world that does not care."""
+    """The default check of a GenEval prompt: it accepts every prompt."""
 
 
 def parse_line(line, is_json, task, check):
@@ -143,7 +143,7 @@ def read_file(path, task, check=accept_all):
 
 
 def read_folder(path, task, check=accept_all):
-    """{split: prompts} of the files that a folder has. A single file is one for evaluation."""
+    """The prompts of a folder, {split: prompts}. A single file holds the split "eval"."""
     if Path(path).is_file():
         return {"eval": read_file(path, task, check)}
     splits = {}
@@ -171,9 +171,10 @@ def read_prompt_folders(items, check=accept_all):
 
 
 def read_mix(items, tasks, default):
-    """--ratio, ["geneval=3", "ocr=1"] -> {"geneval": 3, "ocr": 1}: prompts of each task in a mix.
+    """Read --ratio, the share of each task in a mix of prompts.
 
-    tasks: those that the mix is of; default: {task: number}, where no items are given.
+    ["geneval=3", "ocr=1"] -> {"geneval": 3, "ocr": 1}.
+    tasks: the tasks of the mix. default: {task: number}, used if items is empty.
     """
     if not items:
         return {task: default[task] for task in tasks}

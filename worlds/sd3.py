@@ -8,8 +8,8 @@
 --model is the folder or the file. The text encoders are found beside the file, or in the folder
 that --text-encoders names. SD3-Medium and SD3.5-Large are read in the same way.
 
-T5 makes 128 tokens in Flow-GRPO and here, 256 in the reference (`--t5 256`). It may be left out
-(`--t5 zeros`): 256 zero vectors then, as in diffusers without it, and 10 GB less to load.
+T5 makes 128 tokens in Flow-GRPO and here, and 256 in the reference (`--t5 256`). `--t5 zeros`
+leaves T5 out, and saves 10 GB to load. 256 zero vectors then replace its output, as in diffusers.
 
 Sources: SD3 arXiv 2403.03206, Stability-AI/sd3.5; Flow-GRPO arXiv 2505.05470.
 """
@@ -43,10 +43,10 @@ CACHE = Path("runs/text")
 
 
 class SD3Text:
-    """CLIP-L, CLIP-G and T5-XXL, whose work is kept on the disk.
+    """CLIP-L, CLIP-G and T5-XXL. Their embeddings are kept on the disk.
 
-    prepare(prompts) encodes what is not on the disk yet and frees the encoders. A call reads from
-    the disk. Prompts longer than 77 tokens (CLIP) or the T5 tokens are cut off, as everywhere.
+    prepare(prompts) encodes the prompts that are not on the disk yet, and frees the encoders. A
+    call reads from the disk. CLIP cuts a prompt off after 77 tokens, T5 after 128 or 256.
 
     context (B, 77 + T5 tokens, 4096): CLIP's two penultimate hidden states side by side
     (768 + 1280) and zeros, then T5's last one, without an attention mask.
@@ -69,7 +69,7 @@ class SD3Text:
         self.cache = Path(cache) / self.identity()
 
     def check_folder(self, file):
-        """ValueError that names the first part that is not there."""
+        """Raise a ValueError that names the first missing file, if one is missing."""
         wanted = []
         for part in self.parts:
             wanted.append(f"tokenizer{part}/tokenizer_config.json")
@@ -85,7 +85,7 @@ class SD3Text:
     def identity(self):
         """A name for what the embeddings depend on: encoders, tokenizers, T5's length, and dtype.
 
-        Of a large file its size, beginning and end are looked at.
+        Of each file it hashes the name, the size, and the first and last MiB.
         """
         digest = hashlib.sha256(f"{self.t5} {self.dtype}".encode())
         files = []
@@ -140,7 +140,7 @@ class SD3Text:
     def encode(self, tokenizers, encoders, prompts):
         """prompts (B strings) -> {"clip": (B, 77, 768 + 1280), "pooled": (B, 768 + 1280)}.
 
-        And "t5" (B, tokens, 4096), unless T5 is left out.
+        The dict also has "t5" (B, tokens, 4096), unless T5 is left out.
         """
         def ids(i, length):
             tokens = tokenizers[i](prompts, padding="max_length", max_length=length,
@@ -177,11 +177,12 @@ class SD3Text:
 
     @torch.no_grad()
     def prepare(self, prompts, rank=0, world_size=1, batch=16):
-        """Encode this rank's share of the prompts, and the empty one, into the disk.
+        """Encode this rank's share of the prompts and the empty prompt, and write it to the disk.
 
-        What is there already is left. The encoders are in memory only meanwhile.
+        Prompts that are on the disk already are skipped. The encoders are in memory only during
+        this call.
         """
-        # The share is of all prompts, so that no rank depends on how far another is.
+        # All prompts are shared out, done or not, so that every rank computes the same shares.
         share = list(dict.fromkeys([*prompts, ""]))[rank::world_size]
         todo = [prompt for prompt in share if not self.file(prompt).exists()]
         if not todo:
@@ -201,7 +202,7 @@ class SD3Text:
         bar.close()
         del encoders
         if torch.cuda.is_available():
-            # 11 GB, for the policy and for a judge on the same card.
+            # This frees 11 GB for the policy, and for a judge on the same card.
             torch.cuda.empty_cache()
 
     def read(self, prompt):
@@ -246,7 +247,7 @@ class SD3(World):
     tasks = ("geneval", "ocr", "pickscore", "quality")
     tags = TAGS
     lora = (32, 64.0)
-    # The quality teacher anchors all prompts of stage 2, and needs none of its own.
+    # The quality teacher anchors all prompts of stage 2, so quality needs no prompts of its own.
     ratio = {"geneval": 3, "ocr": 1, "pickscore": 1, "quality": 0}
     reward = {"geneval": "geneval", "ocr": "ocr", "pickscore": "pickscore",
               "quality": "deqa=0.4,pickscore=0.6"}
@@ -257,9 +258,10 @@ class SD3(World):
     def load(self, path, device="cpu", dtype=torch.float32, size=None, t5="", text_encoders=""):
         """The Model of SD3.5's file, folder or hub name.
 
-        dtype: of the transformer and the text encoders; the VAE is float32, as in Flow-GRPO.
-        size: 512 pixels unless given; t5: "128" (unless given), "256" or "zeros";
-        text_encoders: the folder of the text encoders, unless they are beside the file.
+        dtype: that of the transformer and the text encoders. The VAE is float32, as in Flow-GRPO.
+        size: side of the images in pixels, 512 by default.
+        t5: "128" (the default), "256" or "zeros".
+        text_encoders: the folder of the text encoders, by default the folder of the file.
         """
         file = find(path, text_encoders=not text_encoders)
         # The cheap checks first.

@@ -1,7 +1,7 @@
-"""The prompts of Stable Diffusion 3's world: GenEval's, and scenes with a text.
+"""The prompts of Stable Diffusion 3's world for geneval, and for ocr (scenes with a text).
 
 A tenth of all prompts is held out for evaluation, by a hash of the text. The other tasks have no
-prompts of their own; a folder of them is given by --prompts.
+prompts of their own: --prompts gives a folder of them.
 
 Sources: GenEval arXiv 2310.11513, djghosh13/geneval prompts/create_prompts.py; Flow-GRPO arXiv
 2505.05470.
@@ -55,7 +55,7 @@ def geneval_prompt(rng, tag):
     a = with_article
     classes = CLASSES
     if tag in ("colors", "color_attr"):
-        classes = CLASSES[1:]        # no coloured persons
+        classes = CLASSES[1:]        # a "person" gets no colour
     one, two = draw_two(rng, classes)
     color_one, color_two = draw_two(rng, COLORS)
     meta = {"tag": tag, "include": [{"class": one, "count": 1}]}

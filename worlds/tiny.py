@@ -1,4 +1,4 @@
-"""The tiny world: minutes on two CPU cores.
+"""The tiny world, in which a training run takes minutes on two CPU cores.
 
 Its pictures have 32 x 32 pixels (tiny_pictures.py). Its prompts name shapes, colours and words
 (tiny_prompts.py). Its base is trained by tiny_base.py. Three tasks have the roles that the rewards
@@ -8,10 +8,10 @@ of the paper have:
     ocr       'a sign that says "HAT"'
     quality   a score that never looks at the prompt
 
-Quality likes a cream background (0.4) and an empty page (0.6): up to one figure is free, further
-ones cost. So it is at odds with prompts that ask for two or three objects or for a word. A
-human-preference reward is at odds with GenEval in the same way (in the paper GRPO-PickScore falls
-from 0.63 to 0.51).
+Quality rewards a cream background (weight 0.4) and an empty page (weight 0.6). One figure costs
+nothing, and further ones lower the score. So quality conflicts with prompts that ask for two or
+three objects or for a word. A human-preference reward conflicts with GenEval in the same way: in
+the paper GRPO-PickScore lowers GenEval from 0.63 to 0.51.
 
 The base is imperfect in the way SD3.5-Medium is. It draws crisply and often draws the wrong thing,
 because in its training the picture did not always follow the caption (tiny_pictures.corrupt).
@@ -32,10 +32,10 @@ from worlds.world import Model, World
 
 
 class TinyText(nn.Module):
-    """The text encoder: a word is a token, a capital letter is one, each has a vector.
+    """The text encoder. Each lower-case word, capital letter and other sign is one token.
 
-    Each place has a vector too. Contextual meaning is left to the MMDiT, whose joint attention
-    reads and rewrites the tokens in every block.
+    A token's embedding is its own vector plus a vector of its place. Context is left to the MMDiT,
+    whose joint attention reads and rewrites the tokens in every block.
     """
 
     def __init__(self, vocab, length, dim):
@@ -48,11 +48,11 @@ class TinyText(nn.Module):
         self.pool = nn.Linear(dim, dim)
 
     def prepare(self, prompts, rank=0, world_size=1):
-        """Check the words of a run's prompts beforehand, where SD3.5's encoders work."""
+        """Check the words of a run's prompts. SD3.5's world encodes the prompts at this point."""
         self.tokens(prompts)
 
     def row(self, prompt):
-        """The ids of one prompt, padded to length. ValueError if they are too many or unknown."""
+        """The padded ids of one prompt. ValueError if it has unknown words or too many tokens."""
         words = re.findall(r'[a-z]+|[A-Z]|[^\sa-zA-Z]', prompt)
         for word in words:
             if word not in self.ids:
@@ -91,7 +91,7 @@ class Tiny(World):
     tasks = tiny_prompts.TASKS
     tags = TAGS
     lora = (16, 32.0)
-    # As the paper's GenEval 3 : OCR 1 : PickScore 1.
+    # The paper has GenEval 3 : OCR 1 : PickScore 1. Here quality has PickScore's role.
     ratio = {"geneval": 3, "ocr": 1, "quality": 1}
     # Half of GenEval's reward is the strict form. The soft form alone pays for pictures that are
     # half right, and can be gamed.
@@ -100,7 +100,7 @@ class Tiny(World):
     score = {"geneval": "geneval_benchmark", "ocr": "ocr", "quality": "quality"}
 
     def load(self, path, device="cpu", dtype=torch.float32, size=None, t5="", text_encoders=""):
-        """The Model of one file, named as sd3.5_medium.safetensors is, with the text encoder."""
+        """The Model of one file: its tensors have SD3.5's names, and it has the text encoder."""
         with open_tensors(path) as file:
             metadata = file.metadata() or {}
         if metadata.get("world") != "tiny":

@@ -129,7 +129,8 @@ def vae_loss(vae, x):
     mean, logvar = vae.encoder(x).chunk(2, dim=1)
     logvar = logvar.clamp(-10, 10)
     y = vae.decoder(mean + torch.randn_like(mean) * (0.5 * logvar).exp())
-    # The drawing covers 5% of a picture. It has weight, or the VAE is content with the background.
+    # The drawing covers 5% of a picture. Its pixels weigh 10 times as much as the background's,
+    # because otherwise the VAE would learn only the background.
     paper = x.flatten(2).median(2).values[..., None, None]
     drawn = (x - paper).abs().amax(1, keepdim=True) > 0.05
     error = ((1 + 9 * drawn) * (y - x) ** 2).mean()
@@ -159,8 +160,8 @@ def fold_scale(vae, x):
     out.weight[:z] *= gain.view(-1, 1, 1, 1)
     out.bias[:z] = (out.bias[:z] - m) * gain + vae.shift
     out.bias[z:] += 2 * gain.log()
-    # The decoder sees (raw' - shift) / gain + m. Its padding sees raw' = 0, so the fold is exact
-    # inside and differs on the rim only.
+    # The decoder's first convolution must see (raw' - shift) / gain + m. Its padding is raw' = 0.
+    # So the fold is exact inside, and inexact only on the rim.
     into = vae.decoder.conv_in
     into.bias += torch.einsum("ozhw,z->o", into.weight, m - vae.shift / gain)
     into.weight /= gain.view(1, -1, 1, 1)
@@ -185,7 +186,7 @@ def train_vae(vae, cfg, rank, world_size, device):
 
 
 def make_vae(cfg, state, rank, world_size, device):
-    """The VAE of the stopped run, or one that is trained now."""
+    """The VAE of the stopped run if there is one, or else a VAE that is trained now."""
     vae = VAE(ch=(8, 16, 32), n_res=1, z=4).to(device)
     if state:
         vae.load_state_dict(state["vae"])
@@ -200,7 +201,7 @@ def make_vae(cfg, state, rank, world_size, device):
 
 
 class Base(torch.nn.Module):
-    """MMDiT and text encoder learn together. The loss is in their one forward, as DDP wants it."""
+    """MMDiT and text encoder, trained together. forward gives the loss, so that DDP sees it all."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -219,9 +220,9 @@ class Base(torch.nn.Module):
 
 
 def draw_batch(cfg, prompts, latents, rank, step, n):
-    """What a step learns from, on the CPU: x0, captions, t and eps.
+    """The batch of one step, on the CPU: x0, captions, t and eps.
 
-    Every step has random numbers of its own: a resumed run repeats them.
+    The random numbers depend on seed, rank and step only, so a resumed run draws the same ones.
     """
     g = generator(cfg.seed, "base", rank, step)
     index = torch.randint(len(prompts), (n,), generator=g)
@@ -229,14 +230,14 @@ def draw_batch(cfg, prompts, latents, rank, step, n):
     captions = []
     for i, keep in zip(index.tolist(), kept.tolist()):
         captions.append(prompts[i] if keep else "")
-    # Logit-normal (SD3), a little towards the noise, where modes are chosen.
+    # t is logit-normal (SD3), moved a little towards the noise (t = 1), where modes are chosen.
     t = torch.sigmoid(torch.randn(n, generator=g) + 0.5)
     x0 = latents[index]
     return x0, captions, t, torch.randn(x0.shape, generator=g)
 
 
 def write_model(base, vae, path):
-    """One safetensors file in half precision, named as sd3.5_medium.safetensors is."""
+    """One safetensors file in half precision. The tensors have SD3.5's names."""
     tensors = {}
     for part, net in {"mmdit": base.mmdit, "vae": vae, "text": base.text}.items():
         for name, tensor in net.state_dict().items():
@@ -269,9 +270,9 @@ def main(cfg):
     check(cfg, world_size)
     path = Path(cfg.run) / "state.pt"
     settings = run_settings(cfg, world_size)
-    # VAE and base belong to the pictures they saw: seed, pool, sizes and the world itself must be
-    # those of the stopped run. How long and how fast it goes on may change: the shipped base took
-    # 6000 steps of 64, then 2500 of 128 (make base).
+    # VAE and base fit only the pictures that they saw. So seed, pool, sizes and the world itself
+    # must be those of the stopped run. steps, batch and lr may change: the shipped base took 6000
+    # steps of 64 pictures, then 2500 of 128 (make base).
     state = resume(path, settings, "tiny", free=["steps", "batch", "lr"]) or {}
     vae = make_vae(cfg, state, rank, world_size, device)
     fixed = {"settings": settings, "base": "tiny", "vae": vae.state_dict()}

@@ -1,4 +1,4 @@
-"""The pictures of the tiny world: what is drawn, how, and what is seen in them again.
+"""The pictures of the tiny world: how they are drawn, and how their content is detected and read.
 
 A picture is 32 x 32 pixels on a grid of 4 x 4 cells. It shows up to four shapes in six colours, or
 a word in a 5 x 7 font. The tone of the background goes from dusk to cream.
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 SIDE = 32
 CELL = 8
-# The square is hollow: a full one would be a circle but for 4 pixels.
+# The square is hollow, because a full one would differ from the circle in only 4 pixels.
 SHAPE_ROWS = {
     "circle": (".####.", "######", "######", "######", "######", ".####."),
     "square": ("######", "#....#", "#....#", "#....#", "#....#", "######"),
@@ -40,7 +40,7 @@ FONT = {
     "X": "#...#" "#...#" ".#.#." "..#.." ".#.#." "#...#" "#...#",
     "Z": "#####" "....#" "...#." "..#.." ".#..." "#...." "#####",
 }
-# relation -> where the second object is, seen from the first: (to the right, down), as signs.
+# relation -> the direction from the first object to the second: the signs of (x, y), y down.
 DIRECTIONS = {
     "left of": (-1, 0), "right of": (1, 0),
     "above": (0, -1), "below": (0, 1),
@@ -69,14 +69,14 @@ class Scene(NamedTuple):
 
 
 def faithful(rng, meta):
-    """The Scene that a prompt asks for. Colours it does not name are drawn."""
+    """The Scene that a prompt asks for. Colours that it does not name are random."""
     if "word" in meta:
         return Scene([], word=meta["word"])
     objects = []
     relation = None
     for clause in meta["include"]:
         color = clause.get("color") or rng.choice(COLORS)
-        # Alike objects share a colour.
+        # All objects of one clause share a colour.
         objects += [[clause["class"], color]] * clause["count"]
         if "position" in clause:
             relation = clause["position"][0]
@@ -90,7 +90,7 @@ def are_alike(objects):
 def corrupt(rng, scene):
     """Redraw parts of a scene at random, so that its picture may not follow its caption.
 
-    The base learns from such pictures. The numbers here set how good it is.
+    The base learns from such pictures. The probabilities here set how good it becomes.
     """
     def redrawn(old, options, p):
         return rng.choice(options) if rng.random() < p else old
@@ -116,8 +116,8 @@ def corrupt(rng, scene):
 def place(rng, n, relation):
     """n distinct cells, (column, row) each.
 
-    With a relation, the second cell lies in its direction from the first. It is not further away
-    on the other axis.
+    With a relation, the second cell lies in that direction from the first. Its distance on the
+    other axis is not larger.
     """
     while True:
         cells = [divmod(i, 4) for i in rng.choice(16, n, replace=False)]
@@ -161,10 +161,10 @@ def render(rng, scene, tone=None):
 
 
 def segment(images):
-    """What each pixel is: label and tone, (N, 32, 32) each.
+    """The label and the tone of each pixel, (N, 32, 32) each.
 
-    label: the nearest colour, 0 for the background, 1 to 6 the colours, 7 ink.
-    tone: the nearest point of the line from dusk (0) to cream (1), which is the background.
+    label: the nearest colour. 0 is the background, 1 to 6 are COLORS in order, and 7 is ink.
+    tone: the nearest point on the line from dusk (0) to cream (1), the colours of backgrounds.
     """
     pixels = images.permute(0, 2, 3, 1).float().cpu().numpy() * 255
     dusk = np.array(DUSK, np.float32)
@@ -176,7 +176,7 @@ def segment(images):
     return np.stack(distances).argmin(0), tone
 
 
-# Two views of pictures (N, H, W): the pixels that have a neighbour on one side, and it.
+# Pairs of slices of pictures (N, H, W): pixels with a neighbour on one side, and the neighbours.
 UP = (np.s_[:, 1:], np.s_[:, :-1])
 LEFT = (np.s_[:, :, 1:], np.s_[:, :, :-1])
 NEIGHBOURS = (UP, UP[::-1], LEFT, LEFT[::-1])
@@ -185,7 +185,7 @@ NEIGHBOURS = (UP, UP[::-1], LEFT, LEFT[::-1])
 def components(label):
     """Connected parts (by 4 neighbours) of equal label: (N, H, W) -> ids, 0 where label is 0.
 
-    Every pixel begins with an id of its own. The largest spread until nothing changes.
+    Every pixel begins with an id of its own. Each part takes on its largest id, step by step.
     """
     ids = np.arange(1, label.size + 1).reshape(label.shape)
     ids = np.where(label > 0, ids, 0)
@@ -217,10 +217,10 @@ def overlap(mask, template):
 
 
 def detect(images, least=0.6):
-    """Find the shapes: for each image a list of objects (worlds/world.py).
+    """Find the shapes: for each image a list of objects (format: World.detect in worlds/world.py).
 
-    A part of one colour is a shape if it covers the shape's template with an intersection over
-    union of `least`. That is its score. Anything else is no object of any class.
+    A part of one colour is an object if its intersection over union with the best shape's template
+    is at least `least`. That number is its score. Every other part is ignored.
     """
     label, _ = segment(images)
     ids = components(np.where(label <= len(COLORS), label, 0))
@@ -248,9 +248,9 @@ def detect(images, least=0.6):
 
 
 def pick_letters(agree, least):
-    """agree (windows, letters), for one image -> [(y, x, letter)], in reading order by rows.
+    """Agreement of one image (windows, letters), from 0 to 1 -> [(y, x, letter)], sorted by y, x.
 
-    The windows that agree best come first, and none is taken that overlaps an earlier one.
+    The windows that agree best are taken first. A window that overlaps a taken one is skipped.
     """
     best, which = agree.max(-1)
     candidates = (best >= least).nonzero().flatten().tolist()
@@ -263,7 +263,7 @@ def pick_letters(agree, least):
 
 
 def join_lines(letters):
-    """Letters (y, x, letter), sorted by y -> one string, a line after the other."""
+    """Letters (y, x, letter), sorted by y -> one string, with a space between lines."""
     lines = []
     for y, x, letter in letters:
         if not lines or y - lines[-1][0][0] >= 5:
@@ -279,7 +279,7 @@ def join_lines(letters):
 def read(images, least=0.87):
     """Read the letters, line by line from the left: for each image a string.
 
-    A letter counts if `least` of its 5 x 7 pixels agree.
+    A letter is read where at least the share `least` of its 5 x 7 pixels agrees.
     """
     label, _ = segment(images)
     ink = torch.from_numpy((label == len(COLORS) + 1).astype(np.float32))
@@ -294,8 +294,8 @@ def quality(images):
     """Quality without the prompt, (N,) in [0, 1]: 0.4 * tone + 0.6 * calm.
 
     The weights are those of the paper's anchor, 0.4 DeQA + 0.6 PickScore.
-    tone: how cream the background is. calm: 1 while at most 32 pixels are drawn on (one figure),
-    falling to 0 at 92.
+    tone: the mean tone of the background, 0 (dusk) to 1 (cream).
+    calm: 1 if at most 32 pixels are drawn on (one figure). From there it falls to 0 at 92 pixels.
     """
     label, tone = segment(images)
     empty = label == 0

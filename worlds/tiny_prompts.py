@@ -2,12 +2,17 @@
 
     geneval   "a photo of a red circle and a blue square": the six tags of GenEval, in its schema
     ocr       'a sign that says "HAT"'
-    quality   "a poster of ...", with either of the two
+    quality   "a poster of ..." with such figures, or 'a poster that says "HAT"'
 
-Combinations are held out. As captions, no stage of training reads them (but for the four of
-single_object, which the base needs). They are 6 of 24 pairs of colour and shape, 3 of 12 of count
-and shape, 4 of 12 ordered pairs of shapes, color_attr prompts with a pair of colour and shape that
-is held out, and a fifth of all words. Pairs of shapes are held out of two_object and position only.
+Combinations are held out for evaluation: no stage of training reads them as captions. They are:
+
+    colors                  6 of 24 pairs of colour and shape
+    color_attr              all prompts with one of these 6 pairs
+    counting                3 of 12 pairs of count and shape
+    two_object, position    4 of 12 ordered pairs of shapes
+    words                   a fifth of all words
+
+single_object holds nothing out: the base needs its four prompts, and evaluation asks for them too.
 """
 from itertools import product
 
@@ -21,7 +26,7 @@ PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "c
 VOCAB = ["<pad>",
          *"a an photo poster sign of and that says left right above below".split(), '"',
          *COUNTS, *COLORS, *SHAPES, *PLURALS.values(), *LETTERS]
-# Tokens of a prompt: at most so many, and padded to so many.
+# A prompt has at most this many tokens, and is padded to this many.
 LENGTH = 12
 
 # ------------------------------------------------------------------ all prompts of figures
@@ -101,10 +106,10 @@ def draw_word(rng, split):
 
 
 def default_tags(task, split):
-    """{tag: weight}: Flow-GRPO's mix in training, all alike in evaluation.
+    """{tag: weight}: Flow-GRPO's mix in training, equal weights in evaluation and for quality.
 
-    Only GenEval's evaluation draws single_object, of which no combination is held out. (The
-    training of the base does too; it says so by tags of its own.)
+    single_object holds nothing out, so only GenEval's evaluation draws it by default. The training
+    of the base draws it too, by giving its own tags to draw_prompt.
     """
     if task == "quality":
         return {tag: 1 for tag in TAGS if tag != "single_object"}

@@ -11,7 +11,7 @@ from model import load_part
 
 
 def group_norm(ch):
-    """32 groups, as in SD, whose narrowest layer has 128 channels; narrower ones: 4 a group."""
+    """32 groups from 128 channels on, as in all of SD's layers. Below that, 4 channels a group."""
     groups = 32 if ch >= 128 else ch // 4
     return nn.GroupNorm(groups, ch, eps=1e-6)
 
@@ -152,8 +152,8 @@ class VAE(nn.Module):
     # Scaled latents are z = (raw - shift) * scale.
     scale = 1.5305
     shift = 0.0609
-    # Pixels of the images that go through at a time (4 of 512 x 512), so that memory does not
-    # grow with the batch.
+    # The networks see at most this many pixels at a time (4 images of 512 x 512), so that memory
+    # does not grow with the batch.
     pixels = 2 ** 20
 
     def __init__(self, ch=(128, 256, 512, 512), n_res=2, z=16):
@@ -179,9 +179,9 @@ class VAE(nn.Module):
         return cls(ch, n_res, shapes["decoder.conv_in.weight"][1])
 
     def slices(self, x, factor=1):
-        """Cut a batch (B, C, h, w) into what goes through at a time.
+        """Cut a batch x (B, C, h, w) into the parts that a network sees at a time.
 
-        factor: pixels of an image along one pixel of x.
+        factor: the side of an image divided by the side of x. It is 1 if x holds images.
         """
         area = x.shape[-2] * x.shape[-1] * factor ** 2
         x = x.to(self.decoder.conv_in.weight.dtype)
@@ -190,7 +190,7 @@ class VAE(nn.Module):
     def encode(self, images, generator=None):
         """images (B, 3, H, W) in [-1, 1] -> scaled latents (B, z, H / factor, W / factor).
 
-        They are the mean, or a draw if a generator is given.
+        They are the mean of the distribution, or a random draw from it if a generator is given.
         """
         moments = torch.cat([self.encoder(x) for x in self.slices(images)])
         mean, logvar = moments.chunk(2, dim=1)
@@ -207,5 +207,5 @@ class VAE(nn.Module):
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
-    """Load the VAE of a model's file, or of a file of its own, as model.load_part does."""
+    """Load the VAE from a model's file or from a separate file, as model.load_part does."""
     return load_part(path, "vae", VAE.from_shapes, "decoder.", device, dtype)

@@ -2,7 +2,8 @@
 
 A world is where a model lives: the tiny one (tiny.py) or Stable Diffusion 3.5's (sd3.py). The
 training scripts know only this interface. A new world is a subclass of World. It also needs a line
-in WORLDS, a rule in world_name (both in worlds/__init__.py), and a line in each script's PRESETS.
+in WORLDS (worlds/__init__.py), and a line in each script's PRESETS. If its files do not name the
+world in their metadata, world_name (worlds/__init__.py) needs a rule for them.
 """
 import hashlib
 import json
@@ -15,7 +16,7 @@ from model import MMDiT
 from worlds.prompts import read_prompt_folders
 from worlds.vae import VAE
 
-EVAL_SEED = 20260508     # of the prompts for evaluation
+EVAL_SEED = 20260508     # seed of evaluation's own prompts
 
 
 @dataclass
@@ -23,11 +24,11 @@ class Model:
     """A base and what goes with it, on one device."""
     mmdit: MMDiT
     vae: VAE
-    # (B strings) -> context (B, L, context_dim), pooled (B, pooled_dim). A run calls its
-    # prepare(prompts, rank, world_size) first, with all its prompts.
+    # The text encoder: B strings -> context (B, L, context_dim), pooled (B, pooled_dim). A run
+    # first calls text.prepare(prompts, rank, world_size) with all prompts that it will use.
     text: object
     resolution: int          # side of the images, in pixels
-    file: str                # the safetensors file that holds the transformer
+    file: str                # path of the transformer's file
 
     @property
     def fingerprint(self):
@@ -52,16 +53,16 @@ class World:
     prompts: ["TASK=DIR", ...], folders whose prompts replace the world's own (--prompts).
     """
     name = ""
-    tasks = ()               # the tasks that have prompts or a reward here
+    tasks = ()               # those with prompts or a reward here
     # GenEval's tags. eval.py reports each, and asks for two images a tag.
     tags = ()
-    # Rank and alpha of stage 2's new adapter. Stage 1 and SFT have options of their own.
+    # Rank and alpha of stage 2's new adapter. For stage 1 and SFT, options set them.
     lora = (16, 32.0)
-    ratio = {}               # task -> its share of the prompts in stage 2
+    ratio = {}               # task -> its share of stage 2's prompts
     # The default reward of each task's teacher, in the form that rewards.parse_reward reads.
     reward = {}
     judge = "quality"        # the reward that never looks at the prompt, for a share in every mix
-    score = {}               # task -> the reward that evaluation reports
+    score = {}               # task -> the reward that eval.py reports
 
     def __init__(self, prompts=()):
         # task -> split -> prompts
@@ -103,7 +104,7 @@ class World:
 
     @property
     def prompts_digest(self):
-        """{task: a short hash of its folder's prompts}: a run notices that a file was edited."""
+        """{task: a short hash of its folder's prompts}. It shows a run that a file was edited."""
         digests = {}
         for task, splits in self.folders.items():
             digests[task] = hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16]
@@ -119,7 +120,8 @@ class World:
     def draw_own(self, rng, task, split, tags=None):
         """A prompt of the world's own that is not in the task's folder.
 
-        A folder without a split leaves the split to the world, so the two must not overlap.
+        If the folder lacks a split, the world draws it. That split must not repeat the folder's
+        prompts.
         """
         for _ in range(1000):
             meta = self.own_prompt(rng, task, split, tags)
@@ -141,7 +143,7 @@ class World:
         """n fixed prompts, the same for every model.
 
         A folder with enough prompts is sampled evenly. A smaller one is repeated. The split "train"
-        gives prompts of training, to choose settings by without a look at those held out.
+        gives training prompts, on which settings are chosen without use of the held-out ones.
         """
         rows = self.folders.get(task, {}).get(split)
         if not rows:
@@ -153,8 +155,9 @@ class World:
     def batch(self, pattern, n, seed, it, mix):
         """The n prompts of iteration it, the same list on every rank.
 
-        pattern: tasks that take turns, e.g. ["geneval", "geneval", "ocr"]: prompt by prompt with
-        mix "batch", iteration by iteration with mix "alternate".
+        pattern: tasks that take turns, e.g. ["geneval", "geneval", "ocr"].
+        mix: the task changes from prompt to prompt ("batch"), or from iteration to iteration
+        ("alternate").
         """
         rng = np.random.default_rng((seed, it))
         if mix == "alternate":
@@ -164,12 +167,12 @@ class World:
         return [self.draw_prompt(rng, task, "train") for task in tasks]
 
     def check_prompts(self, tasks, split="train"):
-        """A task without prompts raises its error here, before any work starts."""
+        """ValueError if a task has no prompts. A run calls this before any work starts."""
         for task in tasks:
             self.draw_prompt(np.random.default_rng(0), task, split)
 
     def tasks_with_prompts(self, split):
-        """Those of the tasks that have prompts here, their own or a folder's."""
+        """The tasks that have prompts of this split, the world's own or a folder's."""
         found = []
         for task in self.tasks:
             try:
