@@ -1,4 +1,7 @@
-"""The size of an image's file (DDPO, arXiv 2305.13301). It has no weights: use it for a test."""
+"""The size of an image's file (DDPO, arXiv 2305.13301). It needs no weights.
+
+So it suits the sanity check of a first run.
+"""
 import io
 
 import torch

@@ -61,7 +61,9 @@ class World:
     ratio = {}               # task -> its share of stage 2's prompts
     # The default reward of each task's teacher, in the form that rewards.parse_reward reads.
     reward = {}
-    judge = "quality"        # the reward that never looks at the prompt, for a share in every mix
+    # The reward that never looks at the prompt. If stage 1 trains several tasks, every
+    # default reward gets 0.2 of it.
+    judge = "quality"
     score = {}               # task -> the reward that eval.py reports
 
     def __init__(self, prompts=()):
