@@ -141,23 +141,20 @@ def draw_pictures(cfg, model, teachers, prompts, rank, world_size, device):
     """
     times = schedule(cfg.steps).to(device)
     shape = model.latent_shape()
-    mine = range(rank, cfg.samples, world_size)
+    mine = dist.share(cfg.samples, 1, rank, world_size)
     latents = torch.zeros(len(mine), *shape)
     for task, teacher in teachers.items():
         policy = Policy(model.mmdit, task, cfg.guidance)
         if "net" in teacher:
             policy = Policy(teacher["net"], None, cfg.guidance)
-        its = torch.tensor([j for j, i in enumerate(mine) if prompts[i]["task"] == task])
-        for part in tqdm(its.split(cfg.micro), desc=f"{task} draws", disable=rank > 0):
+        its = [j for j, i in enumerate(mine) if prompts[i]["task"] == task]
+        parts = [its[k:k + cfg.micro] for k in range(0, len(its), cfg.micro)]
+        for part in tqdm(parts, desc=f"{task} draws", disable=rank > 0):
             text = encode(model.text, [prompts[mine[j]]["prompt"] for j in part])
             noise = draw_noise([(cfg.seed, "sft", mine[j]) for j in part], 0, shape)[:, 0]
             with torch.no_grad(), dist.autocast(device):
                 latents[part] = sample(policy, noise.to(device), text, times).cpu()
-    everyone = dist.gather(latents.to(device)).cpu()              # in rank order
-    order = [torch.arange(r, cfg.samples, world_size) for r in range(world_size)]
-    latents = torch.empty_like(everyone)
-    latents[torch.cat(order)] = everyone
-    return latents
+    return dist.gather_batch(latents.to(device), cfg.samples, 1).cpu()
 
 
 def pictures(path, settings, rank, draw):

@@ -47,7 +47,7 @@ def default_of(field):
     return field.default
 
 
-def argument(kind, default):
+def argument(kind):
     """The keywords of add_argument that follow from the type (kind) of a field."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is list:
@@ -86,7 +86,7 @@ def parse(cls, argv=None, presets=None, positional=()):
             groups[group] = parser.add_argument_group(group)
         default = changed.get(field.name, default_of(field))
         doc = f"{doc} (default: {default})".replace("%", "%%")
-        how = dict(argument(hints[field.name], default), default=default, help=doc)
+        how = dict(argument(hints[field.name]), default=default, help=doc)
         if field.name in positional:
             groups[group].add_argument(field.name, nargs="?", **how)
         else:
