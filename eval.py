@@ -35,6 +35,7 @@ from plumbing.files import write_text
 from plumbing.picture import draw_grid, to_bytes
 from rewards import REWARDS, check_rewards, parse_reward, score
 from sampler import Policy, draw_noise, encode, sample, schedule
+from watch import tag_rows
 from worlds import open_world, presets
 from worlds.prompts import read_file
 
@@ -48,7 +49,8 @@ class Config:
     model: str = "ckpt/tiny.safetensors"
     # The folder of SD3.5's text encoders, if they are not beside the model.
     text_encoders: str = ""
-    # TASK=DIR: the task's prompts come from this folder, not from the world (worlds/prompts.py).
+    # TASK=DIR: the task's prompts come from this folder or hub dataset, not from the world
+    # (worlds/prompts.py).
     prompts: list[str] = field(default_factory=list)
     # Tasks to evaluate on (default: all that have prompts).
     tasks: list[str] = field(default_factory=list)
@@ -113,7 +115,7 @@ def label_models(ckpts):
     paths = {}
     for spec in ckpts:
         label, path = split_label(spec)
-        label = label or Path(path).stem
+        label = label or Path(path).name.removesuffix(".pt").removesuffix(".safetensors")
         if label in paths:
             raise ValueError(f"--ckpts {spec}: a second model called '{label}'; "
                              f"write LABEL={path}")
@@ -147,12 +149,6 @@ def mean_se(scores):
     return float(np.mean(scores)), float(np.std(scores, ddof=1) / math.sqrt(len(scores)))
 
 
-def tags_of(metas, world):
-    """The tags that occur in the GenEval prompts, in the order of the world."""
-    there = {meta["tag"] for meta in metas.get("geneval", ())}
-    return [tag for tag in world.tags if tag in there]
-
-
 def summarise(scores, metas, world):
     """Scores of images {task: (n,)} -> {column: [mean, standard error, n]}.
 
@@ -160,9 +156,8 @@ def summarise(scores, metas, world):
     models on the same prompts and noise. Then the errors are those of the paired difference.
     """
     out = {}
-    tags = tags_of(metas, world) if "geneval" in scores else []
-    for tag in tags:
-        rows = [i for i, meta in enumerate(metas["geneval"]) if meta["tag"] == tag]
+    tags = tag_rows(metas["geneval"], world) if "geneval" in scores else {}
+    for tag, rows in tags.items():
         out[tag] = [*mean_se(scores["geneval"][rows]), len(rows)]
     for task in scores:
         out[task] = [*mean_se(scores[task]), len(metas[task])]
@@ -449,7 +444,7 @@ def evaluate(run, policies, rank, world_size, start):
     model = run.model
     world = run.world
     tasks = list(run.metas)
-    tags = tags_of(run.metas, world)
+    tags = tag_rows(run.metas.get("geneval", ()), world)
     if "geneval" in tasks and not tags:
         raise ValueError(f"--prompts geneval=...: none of its prompts has a tag of "
                          f"{', '.join(world.tags)}")

@@ -245,6 +245,50 @@ def parse_reward(spec: str) -> dict[str, float]:
     return weights
 
 
+def choose_rewards(tasks, specs, world, share=0.2):
+    """{task: spec} for the scripts' --reward (specs, one for each task, or none).
+
+    By default it is the world's own; of several tasks 0.8 of it plus 0.2 of world.judge (share).
+    ValueError if a task has no reward of its own, or if the numbers differ.
+    """
+    if specs and len(specs) != len(tasks):
+        raise ValueError(f"--reward: got {len(specs)} values for {len(tasks)} tasks "
+                         f"({' '.join(tasks)})")
+    without = [task for task in tasks if task not in world.reward]
+    if without and not specs:
+        raise ValueError(f"--tasks {' '.join(tasks)}: {', '.join(without)} has no reward of its "
+                         "own; expected --reward, one a task")
+    if specs:
+        return {task: parse_reward(spec) for task, spec in zip(tasks, specs)}
+    rewards = {task: parse_reward(world.reward[task]) for task in tasks}
+    if len(tasks) > 1 and share:
+        for task, spec in rewards.items():
+            rewards[task] = {name: (1 - share) * weight for name, weight in spec.items()}
+            rewards[task][world.judge] = rewards[task].get(world.judge, 0) + share
+    return rewards
+
+
+def advantages(reward, task, group, adv_std):
+    """How much better is an image than the others of its prompt?
+
+    reward (B,): of all ranks, the images of a group one after another; task (B,). Returns adv (B,)
+    and signal (B,), which is False where all rewards of a group are equal.
+    adv = (reward - mean of the group) / std, clipped to +-5. The std is of all rewards, of those of
+    the same task, or of those of the group.
+    """
+    grouped = reward.view(-1, group)
+    centred = (grouped - grouped.mean(1, keepdim=True)).flatten()
+    std = torch.full_like(reward, reward.std(unbiased=False))
+    if adv_std == "group":
+        std = grouped.std(1, unbiased=False).repeat_interleave(group)
+    if adv_std == "task":
+        for n in task.unique():
+            std[task == n] = reward[task == n].std(unbiased=False)
+    adv = (centred / (std + 1e-4)).clamp(-5, 5)          # 1e-4 as released
+    signal = grouped.max(1).values > grouped.min(1).values
+    return adv, signal.repeat_interleave(group)
+
+
 class DetectOnce:
     """This stands for the world while one batch is scored. Its detector runs at most once."""
 

@@ -286,7 +286,7 @@ class State:
     v_target: Tensor = None  # (b, C, H, W), the teacher's velocity at x
     v_anchor: Tensor = None  # (b, C, H, W), the anchor's
     adv: Tensor = None       # (b,), advantage of the step, for policy gradients
-    # For the log, (b,) each, of the last update:
+    # For the log, (b,) each, of the last update; nan where it was not computed:
     ratio: Tensor = None     # p_new / p_old
     kl: Tensor = None        # to the base (stage 1), or to the target (stage 2)
     kl_anchor: Tensor = None
@@ -321,9 +321,20 @@ def visited(trajectory, steps, images, sampler):
             v_old=trajectory.v[rows, k] if trajectory.v is not None else None,
             logp_old=trajectory.logp[rows, k],
             sampler=sampler,
-            kl=torch.zeros(len(k), device=k.device),
-            kl_anchor=torch.zeros(len(k), device=k.device)))
+            kl=torch.full((len(k),), math.nan, device=k.device),
+            kl_anchor=torch.full((len(k),), math.nan, device=k.device)))
     return states
+
+
+def with_signal(states, signal, full):
+    """Those of an update's States that have an image with a signal, at least one.
+
+    signal (B,), of this rank's images. Ranks may get unequal numbers of states, but each needs one,
+    for the all-reduce. full: a sharded net needs as many forward passes on every rank, so all.
+    """
+    if full:
+        return states
+    return [s for s in states if signal[s.images].any()] or states[-1:]
 
 
 def kl(v, v_target, s):
@@ -350,6 +361,11 @@ def clipped(ratio, adv, clip):
     return -torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv)
 
 
+def mean_of(x):
+    """The mean of the numbers in x that are not nan, or 0 if all are."""
+    return x.nanmean().nan_to_num().item()
+
+
 def ratio_summary(minibatches, clip):
     """What the log says of the ratios of an iteration, over all ranks.
 
@@ -370,12 +386,32 @@ def ratio_summary(minibatches, clip):
             "clip_frac": outside / max(n, 1)}
 
 
+def noisy_steps(cfg, it):
+    """The steps that take noise in iteration it: those of --noisy, or --window of them in a row.
+
+    DEVIATION: Flow-GRPO-Fast draws a window for every batch of every GPU. Here all images of an
+    iteration share one.
+    """
+    if cfg.rollout == "ode":
+        return range(0)
+    first, end = cfg.noisy
+    if cfg.window:
+        latest = end - cfg.window
+        drawn = torch.randint(first, latest + 1, (), generator=generator(cfg.seed, "window", it))
+        first = drawn.item()
+        end = first + cfg.window
+    return range(first, end)
+
+
 def check_window(cfg):
-    """ValueError if the last noisy step of CPS outweighs all others.
+    """ValueError if --window does not fit, or the last noisy step of CPS outweighs all others.
 
     Its std is proportional to t_next, so its KL weight grows as 1 / t_next^2. In SD3's schedule the
     last time above 0 is 0.0089.
     """
+    if cfg.window and (cfg.rollout == "ode" or cfg.window > cfg.noisy[1] - cfg.noisy[0]):
+        raise ValueError(f"--window {cfg.window}: takes this many of the steps of --noisy "
+                         f"{cfg.noisy} --rollout {cfg.rollout}; expected no more than they are")
     if cfg.rollout != "cps":
         return
     times = schedule(cfg.steps)

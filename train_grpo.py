@@ -27,11 +27,13 @@ import torch
 from tqdm import tqdm
 
 import scorers
+from checkpoints.cold_start import cold_start, cold_start_whole
 from checkpoints.formats import save_trained
 from plumbing import cli, dist
+from plumbing.average import Average
 from plumbing.log import Log
 from plumbing.state import restore, resume, save_state
-from rewards import Judge, check_rewards, parse_reward
+from rewards import Judge, advantages, check_rewards, choose_rewards
 from sampler import (
     Policy,
     Sampler,
@@ -41,10 +43,14 @@ from sampler import (
     encode,
     kl,
     likelihood_ratio,
+    mean_of,
+    noisy_steps,
     ratio_summary,
     schedule,
     visited,
+    with_signal,
 )
+from watch import Watch, check_watch
 from worlds import open_world, presets
 from worlds.prompts import read_mix
 
@@ -58,7 +64,8 @@ class Config:
     model: str = "ckpt/tiny.safetensors"
     # The folder of SD3.5's text encoders, if they are not beside the model.
     text_encoders: str = ""
-    # TASK=DIR: the task's prompts come from this folder, not from the world (worlds/prompts.py).
+    # TASK=DIR: the task's prompts come from this folder or hub dataset, not from the world
+    # (worlds/prompts.py).
     prompts: list[str] = field(default_factory=list)
     # TASK=N: the share of each task in the prompts, e.g. geneval=3 ocr=1 quality=1 (default:
     # equal shares).
@@ -86,6 +93,8 @@ class Config:
     steps: int = 8
     # Steps FROM TO (exclusive) that take noise and are trained. The others follow the ODE.
     noisy: list[int] = field(default_factory=lambda: [0, 5])
+    # Only so many of these steps, in a row; which ones is drawn for each iteration (0: all).
+    window: int = 0
     # How a noisy step adds noise: sde (Flow-GRPO) or cps.
     rollout: Literal["sde", "cps"] = "sde"
     # Noise level.
@@ -94,10 +103,12 @@ class Config:
     guidance: float = 1.0
 
     # --- policy
-    # Rank of the LoRA.
-    lora_r: int = 16
-    # Alpha of the LoRA. Its scale is alpha / r.
-    lora_alpha: float = 32.0
+    # Start. none: the base; or a checkpoint in any form, whose rank and alpha the policy keeps.
+    init: str = "none"
+    # Rank of the LoRA, for --init none (default: by world).
+    lora_r: int | None = None
+    # Alpha of the LoRA, for --init none. Its scale is alpha / r.
+    lora_alpha: float | None = None
     # Train the whole transformer instead of an adapter.
     full: bool = False
 
@@ -116,6 +127,20 @@ class Config:
     updates: int = 1
     # Images per forward pass, in rollouts and updates. Fewer need less memory.
     micro: int = 96
+    # Decay of a moving average of what is trained, which is what is saved (0: none).
+    ema: float = 0.0
+    # Optimiser steps between updates of the average.
+    ema_every: int = 8
+
+    # --- watch
+    # Iterations between small evaluations on held-out prompts, as eval.py scores them (0: none).
+    eval_every: int = 0
+    # Images per task in such an evaluation.
+    eval_images: int = 48
+    # ODE steps of such an evaluation.
+    eval_steps: int = 20
+    # Also send log and pictures to tensorboard or to wandb, which you install.
+    track: Literal["", "tensorboard", "wandb"] = ""
 
     # --- machine
     # Save memory: keep fewer activations, and compute them again in the backward pass.
@@ -125,7 +150,9 @@ class Config:
     # Tokens of SD3.5's T5: 128 or 256. The word zeros leaves T5 out.
     t5: str = ""
     # Dtype of the weights that do not learn.
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # Dtype of the computation on a GPU. On a CPU it is always float32.
+    amp: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     # Move reward networks to the CPU while the policy trains (memory).
     offload: bool = False
     # Also write the result every KEEP iterations, as runs/NAME/adapter-ITER (0: never).
@@ -134,6 +161,8 @@ class Config:
     save_every: int = 25
     # Compile the blocks of the transformer with torch.compile.
     compile: bool = False
+    # Make all checks of the run, say what it would train, and end.
+    dry_run: bool = False
     # Seed of everything.
     seed: int = 0
     # Device: auto, cuda, mps or cpu.
@@ -145,89 +174,57 @@ class Config:
 # Ours are iters (their teachers took thousands), micro, save_every and dtype.
 # The released KL to the base leaves out dt, with beta 0.04 (0.01 for PickScore). Ours has dt, for
 # which their author used 0.004 (flow_grpo issue 22); so PickScore takes --beta 0.001.
-# DEVIATION: the step that is not trained takes no noise here. There is no EMA of the adapter.
+# DEVIATION: the step that is not trained takes no noise here. They compute in float16 (--amp).
 PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=10, noisy=[0, 9], guidance=4.5,
-                       batch=1152, group=24, updates=2, lora_r=32, lora_alpha=64.0, beta=0.004,
-                       micro=8, iters=1000, save_every=5)}
+                       batch=1152, group=24, updates=2, beta=0.004, ema=0.9, micro=8, iters=1000,
+                       save_every=5, eval_steps=40)}
 # Learning rates: (world, --full) -> default. A whole transformer takes a lower one; ours, untuned.
 LR = {("tiny", False): 5e-4, ("tiny", True): 1e-5, ("sd3", False): 3e-4, ("sd3", True): 1e-5}
-
-
-def advantages(reward, task, group, adv_std):
-    """How much better is an image than the others of its prompt?
-
-    reward (B,): of all ranks, the images of a group one after another; task (B,). Returns adv (B,)
-    and signal (B,), which is False where all rewards of a group are equal.
-    adv = (reward - mean of the group) / std, clipped to +-5. The std is of all rewards, of those of
-    the same task, or of those of the group.
-    """
-    grouped = reward.view(-1, group)
-    centred = (grouped - grouped.mean(1, keepdim=True)).flatten()
-    std = torch.full_like(reward, reward.std(unbiased=False))
-    if adv_std == "group":
-        std = grouped.std(1, unbiased=False).repeat_interleave(group)
-    if adv_std == "task":
-        for n in task.unique():
-            std[task == n] = reward[task == n].std(unbiased=False)
-    adv = (centred / (std + 1e-4)).clamp(-5, 5)          # 1e-4 as released
-    signal = grouped.max(1).values > grouped.min(1).values
-    return adv, signal.repeat_interleave(group)
 
 
 def check(cfg, world, world_size):
     """ValueError for all that can be known to be wrong before any time is spent.
 
-    It also fills in the default of lr.
+    It also fills in the defaults of lr, lora_r and lora_alpha.
     """
     if cfg.lr is None:
         cfg.lr = LR.get((world.name, cfg.full), LR["tiny", cfg.full])
+    cli.lora_defaults(cfg, world.lora, new=cfg.init == "none" and not cfg.full)
     cli.positive(cfg, "iters", "batch", "group", "steps", "a", "lora_r", "lora_alpha", "lr",
-                 "updates", "micro", "save_every", "clip")
+                 "updates", "micro", "save_every", "clip", "ema_every")
+    cli.check_training(cfg)
     for task in cfg.tasks:
         if task not in world.tasks:
             raise ValueError(f"--tasks {task}: unknown task; the world of this model has "
                              f"{', '.join(world.tasks)}; --prompts {task}=DIR makes a new one")
     if not cfg.tasks or len(set(cfg.tasks)) < len(cfg.tasks):
         raise ValueError(f"--tasks {' '.join(cfg.tasks)}: expected each task once, at least one")
-    if cfg.reward and len(cfg.reward) != len(cfg.tasks):
-        raise ValueError(f"--reward: got {len(cfg.reward)} values for {len(cfg.tasks)} tasks "
-                         f"({' '.join(cfg.tasks)})")
     if cfg.group < 2:
         raise ValueError(f"--group {cfg.group}: an advantage compares images of one prompt, "
                          "so at least 2 are needed")
-    without = [task for task in cfg.tasks if task not in world.reward]
-    if without and not cfg.reward:
-        raise ValueError(f"--tasks {' '.join(cfg.tasks)}: {', '.join(without)} has no reward of "
-                         "its own; expected --reward, one a task")
     world.check_prompts(cfg.tasks)
     cli.check_rollout(cfg, world_size)
     check_window(cfg)
-
-
-def choose_rewards(cfg, world):
-    """{task: spec}, from --reward. By default the world's, in a mix 0.8 of it + 0.2 of quality."""
-    if cfg.reward:
-        return {task: parse_reward(spec) for task, spec in zip(cfg.tasks, cfg.reward)}
-    rewards = {task: parse_reward(world.reward[task]) for task in cfg.tasks}
-    if len(cfg.tasks) > 1:
-        for task, spec in rewards.items():
-            rewards[task] = {name: 0.8 * weight for name, weight in spec.items()}
-            rewards[task][world.judge] = rewards[task].get(world.judge, 0) + 0.2
-    return rewards
+    check_watch(cfg, world, cfg.tasks)
 
 
 def make_policy(cfg, base):
-    """The net that learns, and the name of its adapter (None: the whole net learns)."""
+    """The net that learns, the name of its adapter (None: the whole net learns), its r and alpha.
+    """
     net = copy.deepcopy(base).float().requires_grad_(True) if cfg.full else base
     torch.manual_seed(cfg.seed)
-    adapter = None
-    if not cfg.full:
+    adapter, r, alpha = None, None, None
+    if cfg.full:
+        cold_start_whole(cfg.init, net, base, [])
+    else:
         adapter = "policy"
-        net.add_adapter(adapter, cfg.lora_r, cfg.lora_alpha, trainable=True)
+        start = cold_start(cfg.init, base, [], cfg.lora_r, cfg.lora_alpha)
+        r, alpha = start["r"], start["alpha"]
+        net.add_adapter(adapter, r, alpha, start["tensors"], trainable=True)
     net.checkpointing = cfg.checkpointing
     if cfg.compile:
         dist.compile_blocks(net)
-    return net, adapter
+    return net, adapter, r, alpha
 
 
 def summary(minibatches, task, reward, signal, judge, cfg):
@@ -243,7 +240,7 @@ def summary(minibatches, task, reward, signal, judge, cfg):
     row["zero_std_ratio"] = 1 - signal.float().mean().item()
     row.update(ratio_summary(minibatches, cfg.clip))
     kls = torch.cat([s.kl for s in chain(*minibatches)])
-    row["kl"] = dist.gather(kls).mean().item()
+    row["kl"] = mean_of(dist.gather(kls))
     return row
 
 
@@ -252,9 +249,9 @@ def main(cfg):
     world = open_world(cfg.model, cfg.prompts)
     check(cfg, world, world_size)
     tasks = cfg.tasks
+    rewards = choose_rewards(tasks, cfg.reward, world)
     mix = read_mix(cfg.ratio, tasks, dict.fromkeys(tasks, 1))
     pattern = [task for task, n in mix.items() for _ in range(n)]
-    rewards = choose_rewards(cfg, world)
     model = world.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5,
                        cfg.text_encoders)
     check_rewards(rewards, model, world, device=device)
@@ -265,31 +262,36 @@ def main(cfg):
     out = Path(cfg.out or folder / "adapter.pt")
 
     # The policy is an adapter on the frozen base or a whole transformer; the base is the reference.
-    net, adapter = make_policy(cfg, model.mmdit)
-    policy = Policy(dist.distribute(net, cfg.full), adapter, cfg.guidance)
+    net, adapter, r, alpha = make_policy(cfg, model.mmdit)
+    policy = Policy(dist.distribute(net, cfg.full, cfg.amp), adapter, cfg.guidance)
     reference = Policy(model.mmdit, None, cfg.guidance)
-    sampler = Sampler(schedule(cfg.steps).to(device), cfg.rollout, cfg.a, range(*cfg.noisy))
-    trained = torch.arange(*cfg.noisy, device=device)
+    sampler = Sampler(schedule(cfg.steps).to(device), cfg.rollout, cfg.a, noisy_steps(cfg, 0))
     params = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=1e-4)
     settings = {**asdict(cfg), "prompts_digest": world.prompts_digest, "world_size": world_size}
     # The rate is constant, so a run may be made longer.
     saved = resume(folder / "state.pt", settings, model.fingerprint, free=["iters"])
+    average = Average(net, cfg.ema, cfg.ema_every, saved)
     first = restore(saved, net, opt)
-    autocast = dist.autocast(device)
-    log = Log(folder, rank, settings, first)
+    autocast = dist.autocast(device, cfg.amp)
+    scaler = dist.loss_scaler(device, cfg.amp)
+    if cfg.dry_run:
+        return cli.say_dry_run(cfg, net, rank, first)
+    watch = Watch(cfg, model, world, tasks, rank, world_size, device)
+    log = Log(folder, rank, settings, first, cfg.track)
     judge = Judge(rewards, model, world)
 
     def draw(it):
         return world.batch(pattern, cfg.batch // cfg.group, cfg.seed, it, cfg.mix)
 
     def save(path):
-        return save_trained(path, net, adapter, model, rank, task="+".join(tasks),
-                            reward=rewards, anchor=cfg.anchor, r=cfg.lora_r, alpha=cfg.lora_alpha,
-                            settings=settings)
+        with average.applied():
+            return save_trained(path, net, adapter, model, rank, task="+".join(tasks),
+                                reward=rewards, anchor=cfg.anchor, r=r, alpha=alpha,
+                                settings=settings)
 
     texts = [prompt["prompt"] for it in range(first, cfg.iters) for prompt in draw(it)]
-    model.text.prepare(texts, *dist.local())
+    model.text.prepare(watch.texts + texts, *dist.local())
     dist.barrier()
 
     for it in tqdm(range(first, cfg.iters), initial=first, total=cfg.iters, disable=rank > 0):
@@ -306,7 +308,8 @@ def main(cfg):
 
         # 2. Rollout. The policy samples. Finished images are judged while it goes on.
         minibatches = []                                          # lists of States
-        steps = trained.expand(len(mine), -1)                     # (B, S)
+        sampler.noisy = noisy_steps(cfg, it)
+        steps = torch.tensor(sampler.noisy, device=device).expand(len(mine), -1)        # (B, S)
         for images in torch.arange(len(mine), device=device).chunk(cfg.updates):
             states = []
             for part in images.split(cfg.micro):                  # one forward pass each
@@ -320,19 +323,18 @@ def main(cfg):
         reward = torch.tensor(judge.totals(), device=device)
         reward = dist.gather_batch(reward, cfg.batch, cfg.updates)          # (B,), of all ranks
         adv, signal = advantages(reward, task, cfg.group, cfg.adv_std)
-        my_adv, my_signal = adv[mine], signal[mine]
+        my_adv, my_signal = adv[mine], signal[mine]               # (b,), of this rank
         if cfg.offload:
             scorers.offload()
 
         # 4. Update. Make the steps that led to better images more likely, near the base.
         grad_norm = 0.0
         for states in minibatches:
-            # Images without a signal are left out, so ranks have unequal numbers of states. A State
-            # without any signal is skipped. But each rank runs at least one, for the all-reduce.
+            # Images without a signal are left out, so ranks have unequal numbers of states.
             n_states = dist.sync_sum(sum(my_signal[s.images].float().sum() for s in states))
             if n_states == 0:
                 continue
-            states = [s for s in states if my_signal[s.images].any()] or states[-1:]
+            states = with_signal(states, my_signal, cfg.full)
             for s in states:
                 dist.reduce_now(policy.net, s is states[-1])      # once per update
                 with autocast:
@@ -346,23 +348,21 @@ def main(cfg):
                         loss = loss + cfg.beta * kl_base
                         s.kl = kl_base.detach()
                     loss = (loss * my_signal[s.images]).sum() / n_states
-                (loss * world_size).backward()                    # ranks are averaged, not summed
+                scaler.scale(loss * world_size).backward()        # ranks are averaged, not summed
                 s.ratio = ratio.detach()[my_signal[s.images]]
-            grad_norm = dist.clip_gradients(params)
-            dist.check_finite(grad_norm, it)
-            opt.step()
-            opt.zero_grad()
+            grad_norm = dist.optimise(opt, scaler, it)            # clip, step, zero_grad
+            average.step()
 
         # 5. Log and save.
         row = summary(minibatches, task, reward, signal, judge, cfg)
         seconds = time.time() - start
         log({"iter": it + 1, **row, "grad_norm": grad_norm, "s/it": seconds,
-             "images/s": cfg.batch / seconds})
+             "images/s": cfg.batch / seconds, **watch(policy, average, it + 1)}, watch.pictures)
         if cfg.keep and (it + 1) % cfg.keep == 0:
             save(folder / f"adapter-{it + 1}.pt")
         if (it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters:
             save_state(folder / "state.pt", net, opt, rank, iter=it + 1, settings=settings,
-                       base=model.fingerprint)
+                       base=model.fingerprint, average=average.state())
 
     out = save(out)
     if rank == 0:

@@ -27,6 +27,7 @@ through x or v_T; "sg" stops the gradient too:
     pg, sampled, future     A = the sum of those from this step on      grad KL of the whole window
     pg, dense, future       A = sg(-the sum of D from this step on)     that minus the sum of grad D
     released                A = -D dt, not stopped, the released code   dt grad D, plus noise
+    mixed                   D, plus A = the reward's advantage          both, plus noise
 
 docs/method.md derives this table, and tests/test_objectives.py shows it on a policy whose
 expectations are known.
@@ -46,13 +47,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoints.cold_start import cold_start, cold_start_whole
+from checkpoints.cold_start import cold_start, cold_start_whole, read_weights
 from checkpoints.formats import save_trained, split_label
 from checkpoints.teachers import attach, find_anchor, read_teachers
 from model import Route
 from plumbing import cli, dist
+from plumbing.average import Average
 from plumbing.log import Log
 from plumbing.state import restore, resume, save_state
+from rewards import Judge, advantages, check_rewards, choose_rewards
 from sampler import (
     Policy,
     Sampler,
@@ -63,10 +66,14 @@ from sampler import (
     kl,
     likelihood_ratio,
     log_prob,
+    mean_of,
+    noisy_steps,
     ratio_summary,
     schedule,
     visited,
+    with_signal,
 )
+from watch import Watch, check_watch
 from worlds import open_world, presets
 from worlds.prompts import read_mix
 
@@ -80,14 +87,17 @@ class Config:
     model: str = "ckpt/tiny.safetensors"
     # The folder of SD3.5's text encoders, if they are not beside the model.
     text_encoders: str = ""
-    # TASK=DIR: the task's prompts come from this folder, not from the world (worlds/prompts.py).
+    # TASK=DIR: the task's prompts come from this folder or hub dataset, not from the world
+    # (worlds/prompts.py).
     prompts: list[str] = field(default_factory=list)
     # TASK=N: the share of each task in the prompts, e.g. geneval=3 ocr=1 quality=1 (default: the
     # world's).
     ratio: list[str] = field(default_factory=list)
     # How tasks take turns. batch: prompt by prompt; alternate: iteration by iteration, as released.
     mix: Literal["alternate", "batch"] = "batch"
-    # The task whose teacher anchors all prompts (default: the teacher that is marked so).
+    # A reward for each teacher's task, for mixed and --drop-equal (default: the world's).
+    reward: list[str] = field(default_factory=list)
+    # The task whose teacher anchors all prompts (default: the teacher that is marked so), or base.
     anchor: str = ""
     # Name of the run.
     name: str = "opd"
@@ -103,6 +113,8 @@ class Config:
     steps: int = 8
     # Steps FROM TO (exclusive) that take noise. The others follow the ODE.
     noisy: list[int] = field(default_factory=lambda: [0, 5])
+    # Only so many of these steps, in a row; which ones is drawn for each iteration (0: all).
+    window: int = 0
     # Steps FROM TO (exclusive) whose states are supervised (default: the noisy ones).
     supervised: list[int] = field(default_factory=list)
     # Supervise only one of these steps per trajectory. Beta(5, 2) draws it, mostly at low noise.
@@ -118,6 +130,8 @@ class Config:
     # Cold start. merge: the exact average of the teachers; truncate: that, cut to --lora-r;
     # factors: A and B averaged apart, as released; none: the base; or a checkpoint (train_sft.py).
     init: str = "merge"
+    # TASK=W: the weight of each teacher in the merge (default: equal weights).
+    merge: list[str] = field(default_factory=list)
     # Rank of the LoRA, for --init none and truncate. The ranks of a merge add up.
     lora_r: int | None = None
     # Alpha of the LoRA, for --init none and truncate. Its scale is alpha / r.
@@ -132,7 +146,7 @@ class Config:
     step_reward: Literal["dense", "sampled"] = "dense"
     # For pg: a step's own reward, or that of all supervised later steps too.
     credit: Literal["step", "future"] = "step"
-    # For pg and released: clip range of PPO. With --updates above 1, watch clip_frac in the log.
+    # For pg, released and mixed: clip range of PPO. With --updates above 1, watch clip_frac.
     clip: float = 1e-4
     # What is compared. guided: the guided velocities; branches: those with and without the prompt;
     # fold: the student's with the prompt and the teacher's guided one. The student then needs no
@@ -142,6 +156,10 @@ class Config:
     extrapolate: float = 1.0
     # Target = (1 - this) * own teacher + this * mean of the others. 0 is hard routing.
     blend: float = 0.0
+    # For mixed: weight of the KL to the teacher, beside the policy gradient of the reward.
+    kl_scale: float = 1.0
+    # Leave out prompts whose images all have the same reward, as released. Images are then scored.
+    drop_equal: bool = False
     # Weight of the KL to the anchor (MAR, manifold anchor regularization). 0 turns it off.
     lam: float = 0.02
 
@@ -153,6 +171,20 @@ class Config:
     updates: int = 4
     # Images per forward pass, in rollouts and updates. Fewer need less memory.
     micro: int = 96
+    # Decay of a moving average of what is trained, which is what is saved (0: none).
+    ema: float = 0.0
+    # Optimiser steps between updates of the average.
+    ema_every: int = 8
+
+    # --- watch
+    # Iterations between small evaluations on held-out prompts, as eval.py scores them (0: none).
+    eval_every: int = 0
+    # Images per task in such an evaluation.
+    eval_images: int = 48
+    # ODE steps of such an evaluation.
+    eval_steps: int = 20
+    # Also send log and pictures to tensorboard or to wandb, which you install.
+    track: Literal["", "tensorboard", "wandb"] = ""
 
     # --- machine
     # Save memory: keep fewer activations, and compute them again in the backward pass.
@@ -162,13 +194,17 @@ class Config:
     # Tokens of SD3.5's T5: 128 or 256. The word zeros leaves T5 out.
     t5: str = ""
     # Dtype of the weights that do not learn.
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # Dtype of the computation on a GPU. On a CPU it is always float32.
+    amp: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     # Also write the student every KEEP iterations, as runs/NAME/student-ITER (0: never).
     keep: int = 0
     # Iterations between resumable states.
     save_every: int = 10
     # Compile the blocks of the transformer with torch.compile.
     compile: bool = False
+    # Make all checks of the run, say what it would train, and end.
+    dry_run: bool = False
     # Seed of everything.
     seed: int = 0
     # Device: auto, cuda, mps or cpu.
@@ -181,8 +217,8 @@ class Config:
 # a rate that decays (theirs is constant), and the merge, so rank 96 (theirs starts from the base,
 # rank 32: --init none).
 PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=10, noisy=[0, 9], guidance=4.5,
-                       batch=256, group=16, updates=2, micro=4, mix="alternate", iters=300,
-                       save_every=5)}
+                       batch=256, group=16, updates=2, micro=4, mix="alternate", ema=0.9,
+                       iters=300, save_every=5, eval_steps=40)}
 # Learning rates: (world, --full) -> default. A whole transformer takes a lower one; ours, untuned.
 LR = {("tiny", False): 3e-3, ("tiny", True): 1e-4, ("sd3", False): 1e-4, ("sd3", True): 1e-5}
 
@@ -210,13 +246,19 @@ def released(v, s, cfg):
     return clipped(ratio, adv, cfg.clip).mean(0)
 
 
+def mixed(v, s, cfg):
+    """The policy gradient of the task's own reward (as in stage 1), plus the KL to the teacher."""
+    return clipped(likelihood_ratio(v, s), s.adv, cfg.clip) + cfg.kl_scale * kl(v, s.v_target, s)
+
+
 # name -> the loss (b,) of velocities v (b, C, H, W) at a State s of b images.
 # DEVIATION: the default is the KL itself, which the paper's text puts, detached, into pg.
 OBJECTIVES = {"kl": lambda v, s, cfg: kl(v, s.v_target, s),
               "velocity": velocity_loss,
               "pg": pg,
-              "released": released}
-SURROGATES = ("pg", "released")                     # those with a ratio, which need a density
+              "released": released,
+              "mixed": mixed}
+SURROGATES = ("pg", "released", "mixed")            # those with a ratio, which need a density
 
 
 def checked(name):
@@ -279,6 +321,8 @@ def credit_steps(states, mine, S, cfg):
 def choose(cfg, it, mine):
     """The supervised steps (B, S), in order: the whole window, or with --one S = 1."""
     first, end = cfg.supervised
+    if cfg.window:
+        first, end = noisy_steps(cfg, it)[0], noisy_steps(cfg, it)[-1] + 1
     if not cfg.one:
         return torch.arange(first, end).expand(len(mine), -1)
     steps = []
@@ -311,7 +355,9 @@ class Teachers:
                 self.adapters.append(n)
 
     def policy(self, task):
-        """One teacher as a Policy."""
+        """One teacher, or the base, as a Policy."""
+        if task == "base":
+            return self.base
         n = self.tasks.index(task)
         if n in self.whole:
             return self.whole[n]
@@ -364,15 +410,10 @@ def check(cfg, world, world_size):
         cfg.lr = LR.get((world.name, cfg.full), LR["tiny", cfg.full])
     if cfg.objective not in OBJECTIVES:
         raise ValueError(f"--objective {cfg.objective}: expected one of {', '.join(OBJECTIVES)}")
-    if not cfg.full and cfg.init in ("none", "truncate"):
-        r, alpha = world.lora
-        cfg.lora_r = r if cfg.lora_r is None else cfg.lora_r
-        cfg.lora_alpha = alpha if cfg.lora_alpha is None else cfg.lora_alpha
-    elif cfg.lora_r is not None or cfg.lora_alpha is not None:
-        raise ValueError(f"--lora-r {cfg.lora_r} --lora-alpha {cfg.lora_alpha}: are for an adapter "
-                         "from --init none or truncate; others keep the rank they have")
+    cli.lora_defaults(cfg, world.lora, new=cfg.init in ("none", "truncate") and not cfg.full)
     cli.positive(cfg, "iters", "batch", "group", "steps", "a", "lr", "updates", "micro",
-                 "save_every", "clip", "extrapolate", "lora_r", "lora_alpha")
+                 "save_every", "clip", "extrapolate", "lora_r", "lora_alpha", "ema_every")
+    cli.check_training(cfg)
     if cfg.blend >= 1:
         raise ValueError(f"--blend {cfg.blend}: the part of the other teachers in the target; "
                          "expected 0 <= blend < 1")
@@ -380,6 +421,7 @@ def check(cfg, world, world_size):
         cfg.supervised = [0, cfg.steps] if cfg.rollout == "ode" else list(cfg.noisy)
     cli.check_rollout(cfg, world_size)
     check_window(cfg)
+    check_watch(cfg, world, world.tasks)
     ordered = (len(cfg.supervised) == 2
                and 0 <= cfg.supervised[0] < cfg.supervised[1] <= cfg.steps)
     if not ordered:
@@ -419,24 +461,37 @@ def check_combination(cfg):
     if cfg.credit == "future" and (cfg.one or end - first == 1):
         raise ValueError(f"--credit future --one {cfg.one} --supervised {cfg.supervised}: there "
                          "are no later supervised steps to credit")
+    if cfg.window and (cfg.one or cfg.supervised != cfg.noisy):
+        raise ValueError(f"--window {cfg.window} --one {cfg.one} --supervised {cfg.supervised}: a "
+                         "window's steps are all supervised, and no others")
+    if cfg.reward and not scored(cfg):
+        raise ValueError(f"--reward {' '.join(cfg.reward)}: no image is scored here; it is for "
+                         "--objective mixed and --drop-equal")
+    if scored(cfg) and cfg.group < 2:
+        raise ValueError(f"--group {cfg.group}: rewards are compared within a prompt, so at least "
+                         "2 images are needed")
+    if cfg.merge and cfg.init not in ("merge", "truncate", "factors"):
+        raise ValueError(f"--merge {' '.join(cfg.merge)}: --init {cfg.init} merges no teachers")
     if cfg.rollout == "cps" and end == cfg.steps:
         raise ValueError(f"--rollout cps --supervised {cfg.supervised}: its last step has no "
                          "noise, so no KL")
 
 
-def make_student(cfg, base, teachers):
+def make_student(cfg, base, loaded):
     """The net that learns, the name of its adapter (None: the whole net learns), its r and alpha.
 
-    teachers: their checkpoints, for a cold start that is made of them.
+    loaded: {task: teacher}, for a cold start that is made of them.
     """
+    teachers = list(loaded.values())
+    weights = read_weights(cfg.merge, list(loaded))
     net = copy.deepcopy(base).float().requires_grad_(True) if cfg.full else base
     torch.manual_seed(cfg.seed)
     adapter, r, alpha = None, None, None
     if cfg.full:
-        cold_start_whole(cfg.init, net, base, teachers)
+        cold_start_whole(cfg.init, net, base, teachers, weights)
     else:
         adapter = "student"
-        start = cold_start(cfg.init, base, teachers, cfg.lora_r, cfg.lora_alpha)
+        start = cold_start(cfg.init, base, teachers, cfg.lora_r, cfg.lora_alpha, weights)
         r, alpha = start["r"], start["alpha"]
         net.add_adapter(adapter, r, alpha, start["tensors"], trainable=True)
     net.checkpointing = cfg.checkpointing
@@ -445,19 +500,50 @@ def make_student(cfg, base, teachers):
     return net, adapter, r, alpha
 
 
+def scored(cfg):
+    """Does a run score its images? By default stage 2 does not."""
+    return cfg.objective == "mixed" or cfg.drop_equal
+
+
+def make_judge(cfg, tasks, model, world, device):
+    """The Judge of the tasks' own rewards, or None if no image is scored."""
+    if not scored(cfg):
+        return None
+    rewards = choose_rewards(tasks, cfg.reward, world, share=0)
+    check_rewards(rewards, model, world, device=device)
+    return Judge(rewards, model, world)
+
+
+def judged(judge, minibatches, task, mine, cfg):
+    """Give every state the advantage of its image, by the reward of its task, if there is a judge.
+
+    task (b,): of this rank's images. Returns kept (b,): does the loss count an image? With
+    --drop-equal it does not where all rewards of the prompt are equal.
+    """
+    if judge is None:
+        return torch.ones_like(task, dtype=torch.bool)
+    reward = torch.tensor(judge.totals(), device=task.device)
+    reward = dist.gather_batch(reward, cfg.batch, cfg.updates)
+    everyone = dist.gather_batch(task, cfg.batch, cfg.updates)
+    adv, signal = advantages(reward, everyone, cfg.group, "task")
+    for s in chain(*minibatches):
+        s.adv = adv[mine][s.images]
+    return signal[mine] if cfg.drop_equal else torch.ones_like(signal[mine])
+
+
 def summary(minibatches, task, tasks, cfg):
     """What the log says of an iteration, over all ranks."""
     states = list(chain(*minibatches))
-    kls = dist.gather(torch.cat([s.kl for s in states]))
+    kls = dist.gather(torch.cat([s.kl for s in states]))              # nan where none was computed
     slots = dist.gather(torch.cat([s.slot for s in states]))
     task = dist.gather(torch.cat([task[s.images] for s in states]))
-    row = {"kl": kls.mean().item()}
+    row = {"kl": mean_of(kls)}
     for n, name in enumerate(tasks):
         if (task == n).any():
-            row[f"kl_{name}"] = kls[task == n].mean().item()
-    row["kl_first"] = kls[slots == 0].mean().item()
-    row["kl_last"] = kls[slots == slots.max()].mean().item()
-    row["kl_anchor"] = dist.gather(torch.cat([s.kl_anchor for s in states])).mean().item()
+            row[f"kl_{name}"] = mean_of(kls[task == n])
+    row["kl_first"] = mean_of(kls[slots == 0])
+    row["kl_last"] = mean_of(kls[slots == slots.max()])
+    row["kl_anchor"] = mean_of(dist.gather(torch.cat([s.kl_anchor for s in states])))
     if cfg.objective in SURROGATES:
         row.update(ratio_summary(minibatches, cfg.clip))
     return row
@@ -469,46 +555,53 @@ def main(cfg):
     check(cfg, world, world_size)
     model = world.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5,
                        cfg.text_encoders)
-    loaded = read_teachers(cfg.teachers, model.mmdit, world.tasks)
+    loaded = read_teachers(cfg.teachers, model.mmdit, world.tasks,
+                           side=model.latent_shape()[-1])
     tasks = list(loaded)
     anchor_task = find_anchor(cfg.anchor, cfg.lam, loaded)
     mix = read_mix(cfg.ratio, tasks, world.ratio)
     pattern = [task for task, n in mix.items() for _ in range(n)]
     world.check_prompts(set(pattern))
+    judge = make_judge(cfg, list(mix), model, world, device)
     folder = Path("runs") / cfg.name
 
     # Teachers and anchor: adapters on one frozen base, or whole transformers beside it. The
     # student: one more adapter, or a whole transformer of its own.
-    net, adapter, r, alpha = make_student(cfg, model.mmdit, list(loaded.values()))
+    net, adapter, r, alpha = make_student(cfg, model.mmdit, loaded)
     taught_by = attach(loaded, model.mmdit)
-    student = Policy(dist.distribute(net, cfg.full), adapter,
+    student = Policy(dist.distribute(net, cfg.full, cfg.amp), adapter,
                      guidance=1.0 if cfg.match == "fold" else cfg.guidance,
                      both=cfg.match == "branches")
     teachers = Teachers(loaded, model.mmdit, cfg)
     anchor = teachers.policy(anchor_task) if anchor_task else None
     objective = checked(cfg.objective)
     # An ODE rollout has no density. Its states are weighted as the SDE's would be.
-    noisy = range(0) if cfg.rollout == "ode" else range(*cfg.noisy)
     density = "sde" if cfg.rollout == "ode" else cfg.rollout
-    sampler = Sampler(schedule(cfg.steps).to(device), density, cfg.a, noisy)
+    sampler = Sampler(schedule(cfg.steps).to(device), density, cfg.a, noisy_steps(cfg, 0))
     params = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)
     settings = {**asdict(cfg), "teachers": taught_by, "prompts_digest": world.prompts_digest,
                 "world_size": world_size}
     saved = resume(folder / "state.pt", settings, model.fingerprint)
+    average = Average(net, cfg.ema, cfg.ema_every, saved)
     first = restore(saved, net, opt)
-    autocast = dist.autocast(device)
-    log = Log(folder, rank, settings, first)
+    autocast = dist.autocast(device, cfg.amp)
+    scaler = dist.loss_scaler(device, cfg.amp)
+    if cfg.dry_run:
+        return cli.say_dry_run(cfg, net, rank, first)
+    watch = Watch(cfg, model, world, tasks, rank, world_size, device)
+    log = Log(folder, rank, settings, first, cfg.track)
 
     def draw(it):
         return world.batch(pattern, cfg.batch // cfg.group, cfg.seed, it, cfg.mix)
 
     def save(path):
-        return save_trained(path, net, adapter, model, rank, task="+".join(tasks), anchor=False,
-                            r=r, alpha=alpha, settings=settings)
+        with average.applied():
+            return save_trained(path, net, adapter, model, rank, task="+".join(tasks),
+                                anchor=False, r=r, alpha=alpha, settings=settings)
 
     texts = [prompt["prompt"] for it in range(first, cfg.iters) for prompt in draw(it)]
-    model.text.prepare(texts, *dist.local())
+    model.text.prepare(watch.texts + texts, *dist.local())
     dist.barrier()
     if first == 0:
         save(folder / "init.pt")
@@ -526,6 +619,7 @@ def main(cfg):
 
         # 2. Rollout. The student itself samples: it will learn on the states that it visits.
         minibatches = []                                          # lists of States
+        sampler.noisy = noisy_steps(cfg, it)
         steps = choose(cfg, it, mine).to(device)                  # (B, S), supervised
         for images in torch.arange(len(mine), device=device).chunk(cfg.updates):
             states = []
@@ -533,6 +627,8 @@ def main(cfg):
                 with autocast:
                     trajectory = sampler.rollout(student, noise[part], text.rows(part),
                                                  keep_v=cfg.objective == "pg")
+                if judge:
+                    judge.submit(trajectory.x[:, -1], [asked[i] for i in part])
                 states += visited(trajectory, steps[part], part, sampler)
             minibatches.append(states)
 
@@ -544,12 +640,17 @@ def main(cfg):
                     s.v_anchor = anchor(s.x, s.t, text.rows(s.images))
         if cfg.objective == "pg":                                 # the others need no advantage
             credit_steps(list(chain(*minibatches)), mine, steps.shape[1], cfg)
+        kept = judged(judge, minibatches, task, mine, cfg)        # (b,), all of them by default
 
         # 4. Update. Pull the student's steps to their teachers', and a little to the anchor's.
+        grad_norm = 0.0
         for param_group in opt.param_groups:
             param_group["lr"] = cfg.lr * (1 - it / cfg.iters)
         for states in minibatches:
-            n_states = sum(len(s.x) for s in states)              # the same on every rank
+            n_states = dist.sync_sum(sum(kept[s.images].float().sum() for s in states))
+            if n_states == 0:
+                continue
+            states = with_signal(states, kept, cfg.full)
             for s in states:
                 dist.reduce_now(student.net, s is states[-1])     # once per update
                 with autocast:
@@ -559,25 +660,24 @@ def main(cfg):
                         kl_anchor = kl(v, s.v_anchor, s)
                         loss = loss + cfg.lam * kl_anchor         # MAR, whatever the task
                         s.kl_anchor = kl_anchor.detach()
-                (loss.sum() / n_states).backward()                # ranks are averaged
+                    loss = (loss * kept[s.images]).sum() / n_states
+                scaler.scale(loss * world_size).backward()        # ranks are averaged, not summed
                 s.kl = kl(v.detach(), s.v_target, s)
                 if cfg.objective in SURROGATES:
                     s.ratio = likelihood_ratio(v.detach(), s)
-            grad_norm = dist.clip_gradients(params)
-            dist.check_finite(grad_norm, it)
-            opt.step()
-            opt.zero_grad()
+            grad_norm = dist.optimise(opt, scaler, it)            # clip, step, zero_grad
+            average.step()
 
         # 5. Log and save.
         row = summary(minibatches, task, tasks, cfg)
         seconds = time.time() - start
         log({"iter": it + 1, **row, "grad_norm": grad_norm, "s/it": seconds,
-             "images/s": cfg.batch / seconds})
+             "images/s": cfg.batch / seconds, **watch(student, average, it + 1)}, watch.pictures)
         if cfg.keep and (it + 1) % cfg.keep == 0:
             save(folder / f"student-{it + 1}.pt")
         if (it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters:
             save_state(folder / "state.pt", net, opt, rank, iter=it + 1, settings=settings,
-                       base=model.fingerprint)
+                       base=model.fingerprint, average=average.state())
 
     out = save(folder / "student.pt")
     if rank == 0:

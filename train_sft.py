@@ -25,10 +25,12 @@ from tqdm import tqdm
 from checkpoints.formats import save_trained
 from checkpoints.teachers import attach, read_teachers
 from plumbing import cli, dist
+from plumbing.average import Average
 from plumbing.files import read_pt, write_pt
 from plumbing.log import Log
 from plumbing.state import restore, resume, save_state
 from sampler import Policy, draw_noise, encode, expand, sample, schedule
+from watch import Watch, check_watch
 from worlds import open_world, presets
 from worlds.prompts import read_mix
 
@@ -42,7 +44,8 @@ class Config:
     model: str = "ckpt/tiny.safetensors"
     # The folder of SD3.5's text encoders, if they are not beside the model.
     text_encoders: str = ""
-    # TASK=DIR: the task's prompts come from this folder, not from the world (worlds/prompts.py).
+    # TASK=DIR: the task's prompts come from this folder or hub dataset, not from the world
+    # (worlds/prompts.py).
     prompts: list[str] = field(default_factory=list)
     # TASK=N: the share of each teacher in the pictures, e.g. geneval=3 ocr=1 quality=1 (default:
     # the world's).
@@ -77,6 +80,20 @@ class Config:
     lr: float = 1e-3
     # Images per forward pass. Fewer need less memory.
     micro: int = 96
+    # Decay of a moving average of what is trained, which is what is saved (0: none).
+    ema: float = 0.0
+    # Optimiser steps between updates of the average.
+    ema_every: int = 8
+
+    # --- watch
+    # Iterations between small evaluations on held-out prompts, as eval.py scores them (0: none).
+    eval_every: int = 0
+    # Images per task in such an evaluation.
+    eval_images: int = 48
+    # ODE steps of such an evaluation.
+    eval_steps: int = 20
+    # Also send log and pictures to tensorboard or to wandb, which you install.
+    track: Literal["", "tensorboard", "wandb"] = ""
 
     # --- machine
     # Save memory: keep fewer activations, and compute them again in the backward pass.
@@ -86,11 +103,15 @@ class Config:
     # Tokens of SD3.5's T5: 128 or 256. The word zeros leaves T5 out.
     t5: str = ""
     # Dtype of the weights that do not learn.
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # Dtype of the computation on a GPU. On a CPU it is always float32.
+    amp: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     # Iterations between resumable states.
     save_every: int = 100
     # Compile the blocks of the transformer with torch.compile.
     compile: bool = False
+    # Make all checks of the run, say what it would train, and end.
+    dry_run: bool = False
     # Seed of everything.
     seed: int = 0
     # Device: auto, cuda, mps or cpu.
@@ -99,7 +120,8 @@ class Config:
 
 # Defaults that follow from --model.
 PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=40, guidance=4.5, drop=0.1,
-                       samples=20000, iters=1000, lora_r=32, lora_alpha=64.0, lr=1e-4, micro=4)}
+                       samples=20000, iters=1000, lora_r=32, lora_alpha=64.0, lr=1e-4, micro=4,
+                       eval_steps=40)}
 # The settings that the teachers' pictures depend on.
 PICTURES = ("teachers", "samples", "steps", "guidance", "seed", "ratio", "prompts",
             "prompts_digest", "size", "t5")
@@ -126,7 +148,8 @@ def draw_times(rng, n, times):
 def check(cfg, world_size):
     """ValueError for all that can be known to be wrong before any time is spent."""
     cli.positive(cfg, "samples", "steps", "iters", "batch", "lora_r", "lora_alpha", "lr", "micro",
-                 "save_every")
+                 "save_every", "ema_every")
+    cli.check_training(cfg)
     if cfg.batch % world_size or cfg.samples % world_size:
         raise ValueError(f"--batch {cfg.batch} --samples {cfg.samples}: expected multiples of the "
                          f"{world_size} rank(s)")
@@ -152,7 +175,7 @@ def draw_pictures(cfg, model, teachers, prompts, rank, world_size, device):
         for part in tqdm(parts, desc=f"{task} draws", disable=rank > 0):
             text = encode(model.text, [prompts[mine[j]]["prompt"] for j in part])
             noise = draw_noise([(cfg.seed, "sft", mine[j]) for j in part], 0, shape)[:, 0]
-            with torch.no_grad(), dist.autocast(device):
+            with torch.no_grad(), dist.autocast(device, cfg.amp):
                 latents[part] = sample(policy, noise.to(device), text, times).cpu()
     return dist.gather_batch(latents.to(device), cfg.samples, 1).cpu()
 
@@ -174,9 +197,11 @@ def main(cfg):
     rank, world_size, device = dist.setup(cfg.device, cfg.seed)
     check(cfg, world_size)
     world = open_world(cfg.model, cfg.prompts)
+    check_watch(cfg, world, world.tasks)
     model = world.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5,
                        cfg.text_encoders)
-    teachers = read_teachers(cfg.teachers, model.mmdit, world.tasks)
+    teachers = read_teachers(cfg.teachers, model.mmdit, world.tasks,
+                             side=model.latent_shape()[-1])
     mix = read_mix(cfg.ratio, teachers, world.ratio)
     pattern = [task for task, n in mix.items() for _ in range(n)]
     world.check_prompts(set(pattern))
@@ -194,15 +219,20 @@ def main(cfg):
     settings = {**asdict(cfg), "teachers": taught_by, "prompts_digest": world.prompts_digest,
                 "world_size": world_size}
     saved = resume(folder / "state.pt", settings, model.fingerprint)
+    average = Average(net, cfg.ema, cfg.ema_every, saved)
     first = restore(saved, net, opt)
-    autocast = dist.autocast(device)
-    log = Log(folder, rank, settings, first)
+    autocast = dist.autocast(device, cfg.amp)
+    scaler = dist.loss_scaler(device, cfg.amp)
+    if cfg.dry_run:
+        return cli.say_dry_run(cfg, net, rank, first)
+    watch = Watch(cfg, model, world, list(teachers), rank, world_size, device)
+    log = Log(folder, rank, settings, first, cfg.track)
 
     # 1. Pictures. Every teacher draws the prompts of its task.
     rng = np.random.default_rng((cfg.seed, 1))
     tasks = [pattern[i % len(pattern)] for i in range(cfg.samples)]
     prompts = [world.draw_prompt(rng, task, "train") for task in tasks]
-    model.text.prepare([prompt["prompt"] for prompt in prompts], *dist.local())
+    model.text.prepare(watch.texts + [prompt["prompt"] for prompt in prompts], *dist.local())
     dist.barrier()
 
     def draw():
@@ -234,24 +264,25 @@ def main(cfg):
             text = encode(model.text, [asked[i] for i in part])
             with autocast:
                 loss = flow_loss(student, x_0, t[part].to(device), eps, text, "student")
-            (loss.sum() / len(mine)).backward()                   # ranks are averaged
+            scaler.scale(loss.sum() / len(mine)).backward()       # ranks are averaged
             losses.append(loss.detach())
-        grad_norm = dist.clip_gradients(params)
-        dist.check_finite(grad_norm, it)
-        opt.step()
-        opt.zero_grad()
+        grad_norm = dist.optimise(opt, scaler, it)                # clip, step, zero_grad
+        average.step()
 
         # 4. Log and save.
         loss = dist.sync_mean(torch.cat(losses).mean()).item()
         seconds = time.time() - start
+        policy = Policy(student, "student", cfg.guidance)
         log({"iter": it + 1, "loss": loss, "grad_norm": grad_norm, "s/it": seconds,
-             "images/s": cfg.batch / seconds})
+             "images/s": cfg.batch / seconds, **watch(policy, average, it + 1)}, watch.pictures)
         if (it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters:
             save_state(folder / "state.pt", net, opt, rank, iter=it + 1, settings=settings,
-                       base=model.fingerprint)
+                       base=model.fingerprint, average=average.state())
 
-    out = save_trained(folder / "student.pt", net, "student", model, rank, task="+".join(teachers),
-                       anchor=False, r=cfg.lora_r, alpha=cfg.lora_alpha, settings=settings)
+    with average.applied():
+        out = save_trained(folder / "student.pt", net, "student", model, rank,
+                           task="+".join(teachers), anchor=False, r=cfg.lora_r,
+                           alpha=cfg.lora_alpha, settings=settings)
     if rank == 0:
         print(f"wrote {out}")
 

@@ -7,6 +7,7 @@
 | a folder                      | a PEFT adapter, as Flow-GRPO and       | no             |
 |                               | Flow-OPD release: adapter_config.json, |                |
 |                               | adapter_model.safetensors              |                |
+| ORG/NAME, on the hub          | such a folder, which is downloaded     | no             |
 | FILE.safetensors with lora_A, | an adapter in the single file of       | no             |
 | lora_B                        | load_lora_weights, in diffusers        |                |
 | FILE.safetensors with         | a fine-tuned or merged whole, in       | -              |
@@ -19,7 +20,10 @@ In Python a checkpoint is a dict with "task" (or ""), "anchor" (whether it was t
 quality teacher of all tasks), and one of two things:
 
     an adapter: "r", "alpha", "tensors"     {layer.A (n, r, D), layer.B (n, D, r)}
-    a whole:    "net"                       an MMDiT of the base's shape
+    a whole:    "net"                       an MMDiT
+
+A whole has the base's latents and text. One of another size than the base (SD3.5-Large for
+SD3.5-Medium) can teach and be evaluated, but no student starts from it.
 
 formats.py reads and writes the forms, cold_start.py merges teachers into a student, teachers.py
 prepares a run's teachers, and `python -m checkpoints` converts.

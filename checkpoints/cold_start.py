@@ -8,15 +8,19 @@
 | truncate | the best of rank r for that average      | -                                 |
 | factors  | the averages of A and of B, as released  | -                                 |
 | PATH     | that checkpoint                          | that checkpoint                   |
+
+A merge may weigh its teachers. Weights are positive numbers in the teachers' order, and only their
+ratios count. None: equal weights.
 """
 import torch
 
-from checkpoints.formats import merged_weights, read
+from checkpoints.formats import check_same, merged_weights, read
+from worlds.prompts import read_numbers
 
 # ------------------------------------------------------------------ adapters
 
 
-def merge_adapters(adapters):
+def merge_adapters(adapters, weights=None):
     """The exact average of K adapters' updates: mean_k scale_k B_k A_k, by stacking the factors.
 
     adapters: dicts with "tensors", "r" and "alpha", of any ranks. Returns one such dict, whose
@@ -24,14 +28,16 @@ def merge_adapters(adapters):
     DEVIATION: the released Flow-OPD code averages A and B apart, as merge_factors does. But
     mean(B) mean(A) is not mean(B A).
     """
-    K = len(adapters)
+    weights = weights or [1] * len(adapters)
+    total = sum(weights)
     tensors = {}
     for name in adapters[0]["tensors"]:
         parts = [adapter["tensors"][name] for adapter in adapters]
         if name.endswith(".A"):
             tensors[name] = torch.cat(parts, dim=1)                     # (n, sum r, D)
         else:
-            shares = [adapter["alpha"] / adapter["r"] / K for adapter in adapters]
+            shares = [adapter["alpha"] / adapter["r"] * weight / total
+                      for adapter, weight in zip(adapters, weights)]
             parts = [part * share for part, share in zip(parts, shares)]
             tensors[name] = torch.cat(parts, dim=2)                     # (n, D, sum r)
     r = sum(adapter["r"] for adapter in adapters)
@@ -58,7 +64,7 @@ def truncate_adapter(adapter, r, alpha):
     return {"tensors": tensors, "r": r, "alpha": alpha}
 
 
-def merge_factors(adapters):
+def merge_factors(adapters, weights=None):
     """As released: the average of the A and that of the B factors. For comparison.
 
     It is not the average of the updates.
@@ -67,10 +73,11 @@ def merge_factors(adapters):
     if len(forms) > 1:
         raise ValueError("--init factors: averages factors of one rank and alpha, "
                          f"got {forms}; use --init merge")
+    weights = weights or [1] * len(adapters)
     tensors = {}
     for name in adapters[0]["tensors"]:
-        total = sum(adapter["tensors"][name] for adapter in adapters)
-        tensors[name] = total / len(adapters)
+        parts = [adapter["tensors"][name] * weight for adapter, weight in zip(adapters, weights)]
+        tensors[name] = sum(parts) / sum(weights)
     return {**adapters[0], "tensors": tensors}
 
 
@@ -78,51 +85,84 @@ def merge_factors(adapters):
 
 
 @torch.no_grad()
-def average_weights(net, base, teachers):
-    """net starts as a copy of base. Its weights become the mean of the teachers' weights.
+def average_weights(net, base, teachers, weights=None):
+    """net starts as a copy of base. Its parameters become the mean of the teachers' parameters.
 
-    The weights of a teacher are its own (a whole transformer), or W + scale B A (an adapter).
+    Those of a teacher are its own (a whole transformer of the base's shape), or W + scale B A (an
+    adapter).
     """
+    weights = weights or [1] * len(teachers)
     theirs = []
     for teacher in teachers:
         if "net" in teacher:
+            check_same(teacher["net"], base, "an average of weights")
             theirs.append(dict(teacher["net"].named_parameters()))
         else:
             theirs.append(merged_weights(base, teacher))
     for name, p in net.named_parameters():
-        total = sum(weights.get(name, p).float() for weights in theirs)
-        p.copy_(total / len(theirs))
+        parts = [its.get(name, p).float() * weight for its, weight in zip(theirs, weights)]
+        p.copy_(sum(parts) / sum(weights))
 
 
 # ------------------------------------------------------------------ by --init
 
 
-def sources(init, base, teachers):
-    """The checkpoints that a student starts from. teachers: a list of what formats.read gives."""
+MERGES = ("merge", "truncate", "factors")
+
+
+def read_weights(items, tasks):
+    """Read --merge, ["geneval=2", "ocr=1"] -> the weights in the order of tasks, or None for [].
+
+    A teacher of weight 0 is left out of the merge.
+    """
+    if not items:
+        return None
+    numbers = read_numbers("--merge", items, tasks, float)
+    return [numbers[task] for task in tasks]
+
+
+def sources(init, base, teachers, weights):
+    """The checkpoints that a student starts from, and their weights.
+
+    teachers: a list of what formats.read gives, empty in a run without teachers. weights: one for
+    each teacher, 0 or more, or None.
+    """
     if init == "none":
-        return []
-    if init in ("merge", "truncate", "factors"):
-        return teachers
-    return [read(init, base)]
+        return [], None
+    if init not in MERGES:
+        start = [read(init, base)]
+        weights = None
+    elif not teachers:
+        raise ValueError(f"--init {init}: merges teachers, and this run has none; expected none, "
+                         "or the path of a checkpoint")
+    elif weights:
+        start = [teacher for teacher, weight in zip(teachers, weights) if weight]
+        weights = [weight for weight in weights if weight]
+    else:
+        start = teachers
+    for one in start:
+        if "net" in one:
+            check_same(one["net"], base, f"--init {init}")
+    return start, weights
 
 
-def cold_start(init, base, teachers, r, alpha):
+def cold_start(init, base, teachers, r, alpha, weights=None):
     """The adapter that a student starts as: "tensors" (None: a new adapter), "r" and "alpha".
 
-    r, alpha: those of an adapter from --init none or truncate.
+    r, alpha: those of an adapter from --init none or truncate. weights: as in sources.
     """
-    start = sources(init, base, teachers)
+    start, weights = sources(init, base, teachers, weights)
     if any("net" in one for one in start):
         raise ValueError(f"--init {init}: comes from a whole transformer, which no adapter "
                          "equals; use --full, or --init none")
     if init == "none":
         return {"r": r, "alpha": alpha, "tensors": None}
     if init == "merge":
-        return merge_adapters(start)
+        return merge_adapters(start, weights)
     if init == "factors":
-        return merge_factors(start)
+        return merge_factors(start, weights)
     if init == "truncate":
-        exact = merge_adapters(start)
+        exact = merge_adapters(start, weights)
         if r > exact["r"]:
             raise ValueError(f"--init truncate --lora-r {r}: the exact merge has rank "
                              f"{exact['r']}; expected no more")
@@ -130,11 +170,11 @@ def cold_start(init, base, teachers, r, alpha):
     return start[0]
 
 
-def cold_start_whole(init, net, base, teachers):
+def cold_start_whole(init, net, base, teachers, weights=None):
     """The same for a student that learns whole: net, a copy of base, is changed in place."""
     if init in ("truncate", "factors"):
         raise ValueError(f"--init {init} --full: is about an adapter's factors; a whole "
                          "transformer starts from merge, none, or a checkpoint")
-    start = sources(init, base, teachers)
+    start, weights = sources(init, base, teachers, weights)
     if start:
-        average_weights(net, base, start)
+        average_weights(net, base, start, weights)

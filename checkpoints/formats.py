@@ -4,12 +4,13 @@ The transformer's q, k and v are one matrix here and three in diffusers. Our ada
 pairs of factors beside the one matrix, so nothing is lost either way. In a merged file W + scale
 B A is computed in float32 and rounded to the dtype of the file: only that step is not exact.
 """
+import dataclasses
 import json
 from pathlib import Path
 
 import torch
 
-from model import load_mmdit, part_prefix
+from model import MMDiTConfig, load_mmdit, part_prefix
 from plumbing.files import (
     check_shapes,
     open_tensors,
@@ -20,6 +21,7 @@ from plumbing.files import (
     write_text,
 )
 from plumbing.state import weights
+from worlds.paths import download, on_hub
 
 # ------------------------------------------------------------------ our own form
 
@@ -133,6 +135,7 @@ def drop_prefix(prefix, named):
 # ------------------------------------------------------------------ PEFT's folder
 
 PEFT_PREFIX = "base_model.model."
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # These PEFT keys are harmless. Either B A does not depend on them, or the code below reads them.
 NEUTRAL = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode",
@@ -182,8 +185,9 @@ def alpha_of(config, r):
 def read_peft(folder, net):
     """A PEFT folder -> {"tensors", "r", "alpha"}."""
     folder = Path(folder)
-    config = read_peft_config(folder / "adapter_config.json")
-    theirs, _ = read_tensors(folder / "adapter_model.safetensors")
+    config_file, tensor_file = PEFT_FILES
+    config = read_peft_config(folder / config_file)
+    theirs, _ = read_tensors(folder / tensor_file)
     r = config["r"]
     tensors = from_diffusers(drop_prefix(PEFT_PREFIX, theirs), net, r, folder)
     return {"tensors": tensors, "r": r, "alpha": alpha_of(config, r)}
@@ -194,7 +198,8 @@ def write_peft(folder, adapter, base_name):
     folder = Path(folder)
     theirs = to_diffusers(adapter["tensors"])
     theirs = {PEFT_PREFIX + name: tensor for name, tensor in theirs.items()}
-    write_tensors(folder / "adapter_model.safetensors", theirs, {"format": "pt"})
+    config_file, tensor_file = PEFT_FILES
+    write_tensors(folder / tensor_file, theirs, {"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -213,7 +218,7 @@ def write_peft(folder, adapter, base_name):
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-    write_text(folder / "adapter_config.json", json.dumps(config, indent=2))
+    write_text(folder / config_file, json.dumps(config, indent=2))
 
 
 # ------------------------------------------------------------------ the single file of diffusers
@@ -305,13 +310,44 @@ def save_whole(path, changed, source, rank=0, **metadata):
     return Path(path)
 
 
+# What a teacher must have in common with the base: the latents, and the text that it reads.
+INTERFACE = ("channels", "context_dim", "pooled_dim")
+SHAPE = [field.name for field in dataclasses.fields(MMDiTConfig)]
+
+
+def differing(whole, net, names):
+    """How two transformers differ in these fields: "depth 38, expected 24; ...", or ""."""
+    parts = []
+    for name in names:
+        got = getattr(whole.cfg, name)
+        expected = getattr(net.cfg, name)
+        if got != expected:
+            parts.append(f"{name} {got}, expected {expected}")
+    return "; ".join(parts)
+
+
+def check_same(whole, net, what):
+    """ValueError unless a whole transformer has the base's shape, so that its weights can be used.
+
+    what: what they are to be used for.
+    """
+    unlike = differing(whole, net, SHAPE)
+    if unlike:
+        raise ValueError(f"{what}: needs transformers of the shape of --model, got {unlike}; one "
+                         "of another shape can teach and be evaluated, no more")
+
+
 def read_whole(path, metadata, net, task):
-    """A transformer of the base's shape -> {"task", "anchor", "net"}, on the base's device."""
+    """A transformer of the base's latents and text -> {"task", "anchor", "net"}.
+
+    It may have another size. It is put on the base's device, in its dtype.
+    """
     weight = net.context_embedder.weight
     whole = load_mmdit(path, weight.device, weight.dtype)
-    if whole.cfg != net.cfg:
-        raise ValueError(f"{path}: is a transformer of another shape ({whole.cfg}), "
-                         f"expected that of --model ({net.cfg})")
+    unlike = differing(whole, net, INTERFACE)
+    if unlike:
+        raise ValueError(f"{path}: is a transformer of other latents or another text than those "
+                         f"of --model: {unlike}")
     trained_on = metadata.get("task") or task
     check_task(task, trained_on, path)
     return {"task": trained_on, "anchor": metadata.get("anchor") == "True", "net": whole}
@@ -357,9 +393,12 @@ def read(path, net, task=""):
     """A checkpoint in any form -> the dict of __init__.py.
 
     net: the base. task: the task of a checkpoint that does not know it. ValueError if it has none
-    of the forms, does not fit the base, or was trained on another task.
+    of the forms, does not fit the base, or was trained on another task. An adapter on the hub is
+    downloaded.
     """
     unknown = {"task": task, "anchor": False}
+    if on_hub(path):
+        path = download(path, path, PEFT_FILES)
     if Path(path).is_dir():
         return {**unknown, **read_peft(path, net)}
     if Path(path).suffix != ".safetensors":

@@ -4,11 +4,24 @@ from torch import nn
 from checkpoints.formats import read, split_label
 from plumbing.files import fingerprint
 
+# The student's adapter and the base have these names, so no task can.
+TAKEN = ("student", "base")
 
-def read_teachers(specs, net, tasks):
+
+def check_side(whole, side, spec):
+    """ValueError unless a whole teacher can see latents of this side. It may not be the base's."""
+    patch = whole.cfg.patch
+    if side % patch or side // patch > whole.cfg.pos_max:
+        raise ValueError(f"{spec}: is a transformer with patches of {patch} and a position table "
+                         f"of {whole.cfg.pos_max} x {whole.cfg.pos_max}, into which latents of "
+                         f"{side} x {side} do not fit")
+
+
+def read_teachers(specs, net, tasks, side=None):
     """{task: teacher} of --teachers. ValueError if a file or the set of them will not do.
 
-    specs: "PATH" or "TASK=PATH" each; net: the base; tasks: those that prompts can be routed to.
+    specs: "PATH" or "TASK=PATH" each; net: the base; tasks: those that prompts can be routed to;
+    side: of the latents, if it is known.
     """
     if not specs:
         raise ValueError("--teachers: got none, expected adapters written by train_grpo.py, "
@@ -24,12 +37,14 @@ def read_teachers(specs, net, tasks):
             raise ValueError(f"{spec}: is trained on '{task}', expected one of "
                              f"{', '.join(tasks)}, to which prompts can be routed{hint}")
         # An adapter has the name of its task, in a ParameterDict beside the student's.
-        if "." in task or task == "student" or hasattr(nn.ParameterDict(), task):
+        if "." in task or task in TAKEN or hasattr(nn.ParameterDict(), task):
             raise ValueError(f"{spec}: '{task}' cannot be the name of an adapter; expected a task "
                              "of another name, without a dot")
         if task in teachers:
             raise ValueError(f"{path}: is a second teacher of '{task}', after {paths[task]}; "
                              "a prompt is routed to one")
+        if "net" in teacher and side:
+            check_side(teacher["net"], side, spec)
         teachers[task] = teacher
         paths[task] = path
     return teachers
@@ -51,13 +66,14 @@ def attach(teachers, net):
 
 
 def find_anchor(name, lam, teachers):
-    """The task whose teacher anchors all prompts (MAR), or None without an anchor (lam = 0).
+    """The anchor of all prompts (MAR): a teacher's task, "base", or None without one (lam = 0).
 
-    It is the one that --anchor names, or else the one that was trained as the anchor.
+    It is the one that --anchor names, or else the teacher that was trained as the anchor.
     """
-    if name and (name not in teachers or not lam):
-        raise ValueError(f"--anchor {name}: expected the task of a teacher "
-                         f"({', '.join(teachers)}), and --lam > 0; got --lam {lam}")
+    anchors = [*teachers, "base"]
+    if name and (name not in anchors or not lam):
+        raise ValueError(f"--anchor {name}: expected the task of a teacher or the base "
+                         f"({', '.join(anchors)}), and --lam > 0; got --lam {lam}")
     if not lam:
         return None
     if name:
@@ -65,5 +81,5 @@ def find_anchor(name, lam, teachers):
     marked = [task for task, teacher in teachers.items() if teacher["anchor"]]
     if len(marked) != 1:
         raise ValueError(f"{len(marked)} of the teachers are marked as the anchor; expected one: "
-                         "say --anchor TASK, or --lam 0 for none")
+                         "say --anchor TASK, --anchor base, or --lam 0 for none")
     return marked[0]

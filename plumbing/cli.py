@@ -10,6 +10,7 @@ A comment that starts with "# ---" opens a group of the help text.
 """
 import argparse
 import dataclasses
+import errno
 import inspect
 import math
 import os
@@ -88,34 +89,51 @@ def parse(cls, argv=None, presets=None, positional=()):
         doc = f"{doc} (default: {default})".replace("%", "%%")
         how = dict(argument(hints[field.name]), default=default, help=doc)
         if field.name in positional:
-            groups[group].add_argument(field.name, nargs="?", **how)
+            groups[group].add_argument(field.name, **{"nargs": "?", **how})
         else:
             groups[group].add_argument("--" + field.name.replace("_", "-"), **how)
     return cls(**vars(parser.parse_args(argv)))
 
 
+# Reasons of the system why a file cannot be written, which are not a fault in the code.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+
+
 def run(main, cls, **how):
     """Parse, run main, and turn a ValueError (bad input) into one line and exit code 2.
 
-    DEBUG=1 shows the whole traceback. The keywords are parse's.
+    So it does with a disk that is full or read-only. Ctrl-C is one line and exit code 130. DEBUG=1
+    shows the whole traceback. The keywords are parse's.
     """
+    rank = os.environ.get("RANK", "0")
+    rank = int(rank) if rank.isdigit() else 0
     try:
         main(parse(cls, **how))
-    except ValueError as error:
-        if os.environ.get("DEBUG"):
+    except (ValueError, OSError) as error:
+        bad_input = isinstance(error, ValueError) or error.errno in DISK
+        if os.environ.get("DEBUG") or not bad_input:
             raise
-        rank = int(os.environ.get("RANK", 0))
         # Bad input usually stops every rank. The others wait, so that rank 0 alone prints the
         # error. Then torchrun ends them while they sleep.
         if rank > 0:
             time.sleep(5)
         who = f" (rank {rank})" if rank else ""
-        print(f"error{who}: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(2)                                     # do not wait for other ranks
+        end(f"error{who}: {error}", 2)
+    except KeyboardInterrupt:                           # the loops have a plumbing.stop instead
+        if os.environ.get("DEBUG"):
+            raise
+        end("" if rank else "stopped by Ctrl-C", 130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def end(line, code):
+    """Print a line and end the process. It does not wait for other ranks."""
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def positive(cfg, *names):
@@ -128,6 +146,38 @@ def positive(cfg, *names):
             raise ValueError(f"{flag} {value}: expected a finite number of 0 or more")
         if value == 0 and name in names:
             raise ValueError(f"{flag} {value}: expected a finite number greater than 0")
+
+
+def lora_defaults(cfg, lora, new):
+    """Fill in --lora-r and --lora-alpha, lora by default. ValueError if given for no new adapter.
+
+    lora: (rank, alpha); new: does the run make an adapter of a rank that can be chosen?
+    """
+    if new:
+        r, alpha = lora
+        cfg.lora_r = r if cfg.lora_r is None else cfg.lora_r
+        cfg.lora_alpha = alpha if cfg.lora_alpha is None else cfg.lora_alpha
+    elif cfg.lora_r is not None or cfg.lora_alpha is not None:
+        raise ValueError(f"--lora-r {cfg.lora_r} --lora-alpha {cfg.lora_alpha}: are for a new "
+                         f"adapter; with --init {cfg.init} --full {cfg.full} there is none whose "
+                         "rank can be chosen")
+
+
+def check_training(cfg):
+    """ValueError unless the options that all training scripts share make sense."""
+    if cfg.ema >= 1:
+        raise ValueError(f"--ema {cfg.ema}: the decay of an average; expected 0 <= ema < 1")
+    if cfg.amp == "float16" and getattr(cfg, "full", False):
+        raise ValueError("--amp float16 --full: scaled losses are for adapters here; expected "
+                         "--amp bfloat16 or float32")
+
+
+def say_dry_run(cfg, net, rank, done):
+    """Say what a run would train. All its checks have passed."""
+    learns = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    if rank == 0:
+        print(f"dry run: all checks passed; {learns:,} numbers would learn, in iterations "
+              f"{done + 1} to {cfg.iters}; nothing was written")
 
 
 def check_rollout(cfg, world_size):

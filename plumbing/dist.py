@@ -51,9 +51,18 @@ def setup(device="auto", seed=0):
     return rank, world_size, torch.device(device)
 
 
-def autocast(device):
-    """bfloat16 on a GPU; nothing elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def autocast(device, amp="bfloat16"):
+    """The dtype amp on a GPU, "float16", "bfloat16" or "float32"; always float32 elsewhere."""
+    half = device.type == "cuda" and amp != "float32"
+    return torch.autocast(device.type, getattr(torch, amp) if half else None, enabled=half)
+
+
+def loss_scaler(device, amp):
+    """float16 has no small numbers. So the loss is scaled up before its backward pass.
+
+    With any other dtype, the scaler does nothing.
+    """
+    return torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and amp == "float16")
 
 
 # ------------------------------------------------------------------ between the ranks
@@ -124,7 +133,7 @@ def share(batch, updates, rank, world_size):
 # ------------------------------------------------------------------ the network
 
 
-def distribute(net, full):
+def distribute(net, full, amp="bfloat16"):
     """Wrap a net so that its gradients are averaged over the ranks.
 
     full: the whole net learns. FSDP2 then shards it in place: each rank holds its part of weights,
@@ -136,7 +145,7 @@ def distribute(net, full):
     if not full:
         return DDP(net, broadcast_buffers=False)
     device = net.pos_embed.device.type
-    half = torch.bfloat16 if device == "cuda" else None
+    half = getattr(torch, amp) if device == "cuda" and amp != "float32" else None
     precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32,
                                      cast_forward_inputs=False)     # x and t stay float32
     mesh = dist.init_device_mesh(device, (dist.get_world_size(),))
@@ -160,6 +169,22 @@ def clip_gradients(params, most=1.0):
     if hasattr(norm, "full_tensor"):                    # sharded
         norm = norm.full_tensor()
     return norm.item()
+
+
+def optimise(opt, scaler, it):
+    """Clip the gradients to norm 1, take one step and clear them. Returns the norm before clipping.
+
+    ValueError if the gradient is not finite. A scaler instead skips such a step and scales less.
+    """
+    scaler.unscale_(opt)
+    params = [p for group in opt.param_groups for p in group["params"]]
+    grad_norm = clip_gradients(params)
+    if not scaler.is_enabled() or scaler.get_scale() < 1:
+        check_finite(grad_norm, it)
+    scaler.step(opt)
+    scaler.update()
+    opt.zero_grad()
+    return grad_norm
 
 
 def check_finite(grad_norm, it):

@@ -14,7 +14,8 @@ from plumbing import cli
 
 ROOT = Path(__file__).parent.parent
 # A room may import from any room to its right. A module of scripts is one that is run.
-ROOMS = ["scripts", "checkpoints", "rewards", "worlds", "scorers", "sampler", "model", "plumbing"]
+ROOMS = ["scripts", "checkpoints", "watch", "rewards", "worlds", "scorers", "sampler", "model",
+         "plumbing"]
 SCRIPTS = {"train_grpo", "train_opd", "train_sft", "eval", "worlds.tiny_base",
            "checkpoints.__main__", "scorers.__main__"}
 WIDEST = 100

@@ -333,7 +333,7 @@ def test_extrapolated_target_is_the_normalised_product_of_powers(e):
 
 
 def test_one_state_a_trajectory_is_drawn_towards_low_noise_and_the_same_on_all_ranks():
-    cfg = SimpleNamespace(seed=0, supervised=[2, 10], one=True)
+    cfg = SimpleNamespace(seed=0, supervised=[2, 10], one=True, window=0)
     ks = train_opd.choose(cfg, 3, range(4000))
     assert ks.shape == (4000, 1) and ks.min() >= 2 and ks.max() == 9
     # Beta(5, 2) has mean 5/7.
@@ -342,6 +342,6 @@ def test_one_state_a_trajectory_is_drawn_towards_low_noise_and_the_same_on_all_r
 
 
 def test_without_one_all_steps_of_the_window_are_supervised_in_order():
-    cfg = SimpleNamespace(supervised=[2, 5], one=False)
+    cfg = SimpleNamespace(supervised=[2, 5], one=False, window=0)
     expected = torch.tensor([[2, 3, 4], [2, 3, 4]])
     assert torch.equal(train_opd.choose(cfg, 0, [1, 2]), expected)

@@ -9,12 +9,15 @@ import pytest
 import torch
 from tiny_runs import BASE, grpo, log, opd
 
+import eval
 import train_grpo
 import train_opd
 import train_sft
 import worlds
 from plumbing import dist
+from rewards import advantages, choose_rewards
 from sampler import schedule
+from worlds.sd3 import SD3
 from worlds.tiny_prompts import TASKS
 
 # ------------------------------------------------------------------ SFT
@@ -53,7 +56,7 @@ def released_advantages(reward, group):
 @pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-7])
 def test_advantages_equal_the_released_ones(spread):
     reward = 0.7 + spread * torch.rand(24, generator=torch.Generator().manual_seed(0))
-    adv, _ = train_grpo.advantages(reward, torch.zeros(24), 6, "batch")
+    adv, _ = advantages(reward, torch.zeros(24), 6, "batch")
     expected = torch.from_numpy(released_advantages(reward, 6)).float()
     torch.testing.assert_close(adv, expected, rtol=1e-3, atol=2e-3)
 
@@ -61,7 +64,7 @@ def test_advantages_equal_the_released_ones(spread):
 def test_rewards_equal_but_for_rounding_give_no_advantage():
     """With 1e-6 in place of the released 1e-4 they would be about 0.05 here."""
     reward = torch.tensor([0.7, 0.7, 0.7 + 6e-8, 0.7])
-    adv, _ = train_grpo.advantages(reward, torch.zeros(4), 4, "batch")
+    adv, _ = advantages(reward, torch.zeros(4), 4, "batch")
     assert adv.abs().max() < 1e-3
 
 
@@ -69,9 +72,9 @@ def test_std_of_the_task_is_as_if_each_task_had_a_batch_of_its_own():
     reward = torch.rand(24, generator=torch.Generator().manual_seed(1))
     reward[12:] *= 0.1
     task = torch.tensor([0] * 12 + [1] * 12)
-    adv, _ = train_grpo.advantages(reward, task, 6, "task")
+    adv, _ = advantages(reward, task, 6, "task")
     for half in (slice(0, 12), slice(12, 24)):
-        alone, _ = train_grpo.advantages(reward[half], torch.zeros(12), 6, "batch")
+        alone, _ = advantages(reward[half], torch.zeros(12), 6, "batch")
         torch.testing.assert_close(adv[half], alone)
 
 
@@ -92,15 +95,14 @@ def test_alternating_tasks_take_whole_iterations_in_their_ratio():
 
 def test_a_mix_trains_on_08_of_its_own_reward_and_02_of_quality():
     world = worlds.open_world(BASE)
-    rewards = train_grpo.choose_rewards(train_grpo.Config(tasks=list(TASKS)), world)
+    rewards = choose_rewards(TASKS, [], world)
     assert rewards["ocr"] == pytest.approx({"ocr": 0.8, "quality": 0.2})
     assert rewards["geneval"] == pytest.approx(
         {"geneval": 0.4, "geneval_strict": 0.4, "quality": 0.2})
     assert rewards["quality"] == pytest.approx({"quality": 1.0})
-    alone = train_grpo.choose_rewards(train_grpo.Config(tasks=["ocr"]), world)
+    alone = choose_rewards(["ocr"], [], world)
     assert alone == {"ocr": {"ocr": 1.0}}
-    own = train_grpo.Config(tasks=["ocr", "quality"], reward=["ocr", "quality"])
-    assert train_grpo.choose_rewards(own, world)["ocr"] == {"ocr": 1.0}
+    assert choose_rewards(["ocr", "quality"], ["ocr", "quality"], world)["ocr"] == {"ocr": 1.0}
 
 
 def test_grpo_mix_alternates_by_default(here):
@@ -171,6 +173,43 @@ def test_images_without_a_signal_cost_no_forward_pass(here, monkeypatch):
     grpo(iters=1, batch=8, group=4, micro=4, tasks=["quality"])
     assert rows == [4, 4, 4]
     assert log("grpo-quality")[0]["zero_std_ratio"] == pytest.approx(0.5)
+
+
+# ------------------------------------------------------------------ the presets
+
+
+def released_epoch(gpus, images_a_gpu, group, groups):
+    """config/grpo.py: batches of an epoch -> (images of all GPUs, optimiser steps)."""
+    batches = int(groups / (gpus * images_a_gpu / group))
+    return batches * gpus * images_a_gpu, batches // (batches // 2)
+
+
+@pytest.mark.parametrize("script, rate, epoch", [
+    (train_grpo, 3e-4, released_epoch(gpus=32, images_a_gpu=9, group=24, groups=48)),
+    (train_opd, 1e-4, released_epoch(gpus=8, images_a_gpu=4, group=16, groups=16))])
+def test_presets_of_sd3_have_the_released_numbers(script, rate, epoch):
+    preset = script.PRESETS["sd3"]
+    assert (preset["batch"], preset["updates"]) == epoch
+    assert preset["noisy"] == [0, int(0.99 * preset["steps"])] == [0, 9]
+    assert (preset["size"], preset["t5"], preset["guidance"]) == (512, "128", 4.5)
+    assert script.LR["sd3", False] == rate and preset["ema"] == 0.9
+    cfg = script.Config()
+    assert (cfg.a, cfg.clip, cfg.ema_every, cfg.rollout) == (0.7, 1e-4, 8, "sde")
+    assert SD3.lora == (32, 64.0)
+
+
+def test_evaluation_of_sd3_has_the_released_steps_and_guidance():
+    assert (eval.PRESETS["sd3"]["steps"], eval.PRESETS["sd3"]["guidance"]) == (40, 4.5)
+
+
+def test_the_noise_that_our_last_step_leaves_out_is_small():
+    """The released last step takes noise too. It is a 36th of what the step before leaves."""
+    times = schedule(10)
+    std = []
+    for k in (8, 9):
+        sigma = 0.7 * (times[k] / (1 - times[k])).sqrt()
+        std.append((sigma * (times[k] - times[k + 1]).sqrt()).item())
+    assert std == pytest.approx([0.2254, 0.0063], abs=1e-4)
 
 
 # ------------------------------------------------------------------ any number of GPUs

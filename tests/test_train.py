@@ -17,12 +17,12 @@ from tiny_runs import (
 )
 
 import sampler
-import train_grpo
 import train_opd
 import train_sft
 import worlds
 from checkpoints.formats import read
 from plumbing.files import read_pt
+from rewards import advantages
 from sampler import (
     Policy,
     Sampler,
@@ -42,12 +42,12 @@ from worlds.tiny_prompts import TASKS
 def test_advantages_sum_to_zero_in_each_group_and_equal_groups_are_dropped():
     reward = torch.tensor([0.0, 1.0, 0.5, 0.7, 0.7, 0.7])
     task = torch.tensor([0, 0, 0, 1, 1, 1])
-    adv, signal = train_grpo.advantages(reward, task, 3, "batch")
+    adv, signal = advantages(reward, task, 3, "batch")
     assert adv.view(-1, 3).sum(1).abs().max() < 1e-6
     assert adv[1] > 0 > adv[0]
     assert signal.tolist() == [True] * 3 + [False] * 3
     assert adv[1] == pytest.approx(0.5 / reward.std(unbiased=False).item(), rel=1e-3)
-    own, _ = train_grpo.advantages(reward, task, 3, "group")
+    own, _ = advantages(reward, task, 3, "group")
     assert own[1] == pytest.approx(0.5 / reward[:3].std(unbiased=False).item(), rel=1e-3)
 
 
@@ -72,7 +72,7 @@ def test_grpo_update_makes_better_than_average_images_more_likely(here):
     sde = Sampler(schedule(4), "sde", 0.7, range(3))
     trajectory = sde.rollout(Policy(model.mmdit), noise, text)
     reward = torch.from_numpy(world.quality(model.images(trajectory.x[:, -1])))
-    adv, _ = train_grpo.advantages(reward, torch.zeros(16), 8, "batch")
+    adv, _ = advantages(reward, torch.zeros(16), 8, "batch")
     policy = Policy(model.mmdit, "policy")
     change = torch.zeros(16)
     with torch.no_grad():

@@ -1,7 +1,41 @@
-"""Where the file of a --model is: here, in a folder, or on the hub."""
+"""Where files are: here, or in a repository on the hub, which is then downloaded."""
+import re
 from pathlib import Path
 
 from plumbing.files import first_line
+
+# ------------------------------------------------------------------ the hub
+
+# "organisation/name", as in jieliu/SD3.5M-FlowGRPO-GenEval. A file's ending is left to the disk.
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FILE_ENDINGS = (".pt", ".safetensors", ".txt", ".jsonl")
+
+
+def on_hub(path):
+    """Is this the name of a repository on the hub? What exists here never is."""
+    name = str(path)
+    is_name = HUB_NAME.fullmatch(name) and not name.endswith(FILE_ENDINGS)
+    return bool(is_name) and not Path(path).exists()
+
+
+def download(name, asked, wanted, unwanted=None, kind="model"):
+    """The folder of a repository on the hub, downloaded to this machine.
+
+    asked: what the user wrote, for the error. wanted, unwanted: patterns of files. kind: "model" or
+    "dataset". ValueError if there is no network, or the hub does not give it.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(str(name), repo_type=kind, allow_patterns=list(wanted),
+                                      ignore_patterns=unwanted))
+    # The hub's client raises many types: no network, no such model, licence not accepted, ...
+    except Exception as error:
+        why = first_line(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{asked}: is no file or folder here, and the hub did not give it: "
+                         f"{why}") from None
+
+
+# ------------------------------------------------------------------ the file of a --model
 
 
 def find(path, text_encoders=True):
@@ -25,21 +59,12 @@ def find(path, text_encoders=True):
 
 def fetch(name, text_encoders):
     """The folder of a model on the hub, "organisation/model", downloaded to this machine."""
-    path = Path(name)
-    if path.is_absolute() or len(path.parts) != 2 or path.suffix == ".safetensors":
+    if not on_hub(name):
         raise ValueError(f"--model {name}: no such file or folder; expected a safetensors file "
                          "(the tiny world's or SD3.5's), SD3.5's published folder, or its name "
                          "on the hub")
-    from huggingface_hub import snapshot_download
     wanted = ["sd3*.safetensors"]
     if text_encoders:
         wanted += ["text_encoder*/*", "tokenizer*/*"]
     superfluous = ["text_encoders/*", "*_incl_*", "*.fp16*"]
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=wanted,
-                                      ignore_patterns=superfluous))
-    # The hub's client raises many types: no network, no such model, licence not accepted, ...
-    except Exception as error:
-        why = first_line(f"{type(error).__name__}: {error}")
-        raise ValueError(f"--model {name}: is no file or folder here, and the hub did not give "
-                         f"it: {why}") from None
+    return download(name, f"--model {name}", wanted, superfluous)

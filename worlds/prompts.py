@@ -14,6 +14,7 @@ clause. "exclude" is optional. Its clause forbids "count" or more objects of a c
     --prompts ocr=DIR         train.txt, test.txt: one prompt a line
     --prompts geneval=FILE    GenEval's own evaluation_metadata.jsonl (a folder with it will do
                               too), for evaluation
+    --prompts ocr=ORG/NAME    a dataset on the hub with the files of such a folder
 
 All files are read and checked before the slow work starts. --prompts may also name a task that the
 world does not have. That task then needs a --reward.
@@ -22,9 +23,12 @@ Sources: GenEval arXiv 2310.11513, djghosh13/geneval; Flow-GRPO arXiv 2505.05470
 yifan123/flow_grpo.
 """
 import json
+import math
 from pathlib import Path
 
 import numpy as np
+
+from worlds.paths import download, on_hub
 
 RELATIONS = ("left of", "right of", "above", "below")
 # GenEval's kinds of prompt, and how often Flow-GRPO trains on each (on single_object never).
@@ -143,7 +147,13 @@ def read_file(path, task, check=accept_all):
 
 
 def read_folder(path, task, check=accept_all):
-    """The prompts of a folder, {split: prompts}. A single file holds the split "eval"."""
+    """The prompts of a folder, {split: prompts}. A single file holds the split "eval".
+
+    The folder may be a dataset on the hub, which is downloaded.
+    """
+    if on_hub(path):
+        wanted = [name for names in FILES.values() for name in names]
+        path = download(path, f"--prompts {task}={path}", wanted, kind="dataset")
     if Path(path).is_file():
         return {"eval": read_file(path, task, check)}
     splits = {}
@@ -170,23 +180,35 @@ def read_prompt_folders(items, check=accept_all):
     return folders
 
 
-def read_mix(items, tasks, default):
-    """Read --ratio, the share of each task in a mix of prompts.
+def read_numbers(option, items, tasks, kind):
+    """Read an option that gives each task a number: ["geneval=3", "ocr=1"] -> {task: number}.
 
-    ["geneval=3", "ocr=1"] -> {"geneval": 3, "ocr": 1}.
+    kind: int or float. ValueError unless every task has one number of 0 or more, not all 0.
+    """
+    names = ", ".join(tasks)
+    what = "a whole number" if kind is int else "a number"
+    numbers = {}
+    for item in items:
+        task, _, text = item.partition("=")
+        try:
+            number = kind(text)
+        except ValueError:
+            number = -1                                 # refused below
+        if task not in tasks or not 0 <= number < math.inf or task in numbers:
+            raise ValueError(f"{option} {item}: expected TASK=N with one of the tasks ({names}), "
+                             f"each at most once, and {what} of 0 or more")
+        numbers[task] = number
+    if set(numbers) != set(tasks) or not any(numbers.values()):
+        raise ValueError(f"{option} {' '.join(items)}: expected a number for each of {names} "
+                         "(0 leaves a task out), not all 0")
+    return numbers
+
+
+def read_mix(items, tasks, default):
+    """Read --ratio, the share of each task in a mix of prompts -> {task: whole number}.
+
     tasks: the tasks of the mix. default: {task: number}, used if items is empty.
     """
     if not items:
         return {task: default[task] for task in tasks}
-    names = ", ".join(tasks)
-    mix = {}
-    for item in items:
-        task, _, number = item.partition("=")
-        if task not in tasks or not number.isdigit() or task in mix:
-            raise ValueError(f"--ratio {item}: expected TASK=N with one of the tasks ({names}), "
-                             "each at most once")
-        mix[task] = int(number)
-    if set(mix) != set(tasks) or not any(mix.values()):
-        raise ValueError(f"--ratio {' '.join(items)}: expected a number for each of {names} "
-                         "(0 leaves a task out), not all 0")
-    return mix
+    return read_numbers("--ratio", items, tasks, int)

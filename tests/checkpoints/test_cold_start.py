@@ -2,7 +2,15 @@
 import pytest
 import torch
 
-from checkpoints.cold_start import merge_adapters, merge_factors, truncate_adapter
+from checkpoints.cold_start import (
+    average_weights,
+    cold_start,
+    cold_start_whole,
+    merge_adapters,
+    merge_factors,
+    read_weights,
+    truncate_adapter,
+)
 from model import MMDiT, MMDiTConfig
 
 TINY = MMDiTConfig(depth=3, width=64, head_dim=32, channels=4, patch=2, pos_max=8, context_dim=12,
@@ -121,3 +129,92 @@ def test_mean_of_factors_is_not_the_mean_of_updates_but_is_for_equal_teachers():
     torch.testing.assert_close(update(merge_factors([parts[0]] * 2)), update(parts[0]))
     with pytest.raises(ValueError, match="--init factors: averages factors of one rank"):
         merge_factors(random_adapters((2, 3)))
+
+
+# ------------------------------------------------------------------ weights
+
+
+def test_weighted_merges_are_the_weighted_means_and_only_ratios_of_weights_count():
+    a, b, c = random_adapters((3, 3, 3))
+    for weights in ([3, 1, 2], [0.75, 0.25, 0.5]):
+        got = update(merge_adapters([a, b, c], weights))
+        want = (3 * update(a) + update(b) + 2 * update(c)) / 6
+        torch.testing.assert_close(got, want)
+        factors = merge_factors([a, b, c], weights)["tensors"]
+        for name in ("l.A", "l.B"):
+            parts = [part["tensors"][name] for part in (a, b, c)]
+            torch.testing.assert_close(factors[name],
+                                       (3 * parts[0] + parts[1] + 2 * parts[2]) / 6)
+
+
+def test_no_weights_and_equal_weights_give_the_same_bits_as_before():
+    """As before: a product with scale / K, and a sum that is divided by K."""
+    parts = random_adapters((3, 3, 3), alpha=7.0)
+    shares = [part["tensors"]["l.B"] * (7.0 / 3 / 3) for part in parts]
+    for weights in (None, [1.0, 1.0, 1.0]):
+        merged = merge_adapters(parts, weights)["tensors"]
+        assert torch.equal(merged["l.B"], torch.cat(shares, dim=2))
+        for name, tensor in merge_factors(parts, weights)["tensors"].items():
+            assert torch.equal(tensor, sum(part["tensors"][name] for part in parts) / 3)
+
+
+def test_weighted_average_of_whole_transformers_is_the_weighted_mean():
+    base, one, two = random_net(), random_net(), random_net()
+    with torch.no_grad():
+        for p in two.parameters():
+            p += 1
+    average_weights(base, random_net(), [{"net": one}, {"net": two}], [3.0, 1.0])
+    for name, p in base.named_parameters():
+        mean = one.state_dict()[name] + 0.25
+        torch.testing.assert_close(p, mean, rtol=1e-5, atol=1e-6)
+
+
+def test_a_teacher_of_weight_0_is_left_out_of_every_cold_start():
+    a, b, c = random_adapters((3, 3, 4))
+    merged = cold_start("merge", None, [a, b, c], None, None, [1.0, 2.0, 0.0])
+    assert merged["r"] == 6
+    assert torch.equal(update(merged), update(merge_adapters([a, b], [1, 2])))
+    factors = cold_start("factors", None, [a, b, c], None, None, [1.0, 2.0, 0.0])
+    assert torch.equal(update(factors), update(merge_factors([a, b], [1, 2])))
+    with pytest.raises(ValueError, match="--lora-r 7: the exact merge has rank 6"):
+        cold_start("truncate", None, [a, b, c], 7, 7, [1.0, 2.0, 0.0])
+    base = random_net()
+    whole = {"net": random_net()}
+    assert cold_start("merge", base, [a, whole], None, None, [1.0, 0.0])["r"] == 3
+    with pytest.raises(ValueError, match="--init merge: comes from a whole transformer"):
+        cold_start("merge", base, [a, whole], None, None, [1.0, 1.0])
+    with torch.no_grad():
+        whole["net"].context_embedder.bias += 1
+    cold_start_whole("merge", base, random_net(), [{"net": random_net()}, whole], [0.0, 0.5])
+    assert torch.equal(base.context_embedder.bias, whole["net"].context_embedder.bias.float())
+
+
+@pytest.mark.parametrize("init", ["merge", "truncate", "factors"])
+def test_a_merge_in_a_run_without_teachers_is_refused(init):
+    message = f"^--init {init}: merges teachers, and this run has none; expected none, or the path"
+    with pytest.raises(ValueError, match=message):
+        cold_start(init, None, [], 4, 8)
+
+
+def test_a_run_without_teachers_starts_from_the_base():
+    assert cold_start("none", None, [], 4, 8) == {"r": 4, "alpha": 8, "tensors": None}
+
+
+TASKS = ["geneval", "ocr"]
+
+
+def test_weights_of_the_command_line_are_in_the_order_of_the_tasks():
+    assert read_weights([], TASKS) is None
+    assert read_weights(["ocr=0", "geneval=1.5"], TASKS) == [1.5, 0]
+
+
+@pytest.mark.parametrize("items, message", [
+    (["ocr=1"], "--merge ocr=1: expected a number for each of geneval, ocr"),
+    (["ocr=0", "geneval=0"], "--merge ocr=0 geneval=0: .*not all 0"),
+    (["quality=1"], r"--merge quality=1: expected TASK=N with one of the tasks \(geneval, ocr\)"),
+    (["ocr=1", "ocr=2"], "--merge ocr=2: .*each at most once"),
+    (["ocr=-1"], "--merge ocr=-1: .*a number of 0 or more"), (["ocr=nan"], "--merge ocr=nan: "),
+    (["ocr=inf"], "--merge ocr=inf: "), (["ocr"], "--merge ocr: ")])
+def test_malformed_weights_are_refused(items, message):
+    with pytest.raises(ValueError, match=message):
+        read_weights(items, TASKS)

@@ -3,6 +3,8 @@
 What is written means the same to PEFT and to diffusers (`make oracles` installs them), every form
 comes back, and what does not fit is refused.
 """
+import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,8 +18,14 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints.__main__ as convert
 from checkpoints import formats
-from checkpoints.cold_start import average_weights
+from checkpoints.cold_start import (
+    average_weights,
+    cold_start,
+    cold_start_whole,
+    merge_adapters,
+)
 from model import PREFIX, MMDiT, load_mmdit
+from plumbing import cli
 
 ROOT = Path(__file__).parents[2]
 ORACLES = "needs the oracles: make oracles"
@@ -236,8 +244,8 @@ def test_average_weights_is_the_mean_of_adapters_and_whole_transformers(net):
 
 def test_convert_on_the_command_line(folder, net, here, monkeypatch):
     formats.write_peft(here / "peft", random_adapter(net), "mini")
-    convert.main(convert.Config(ckpt=str(here / "peft"), to="pt", out="ocr.pt", model=str(folder),
-                                task="ocr"))
+    convert.main(convert.Config(ckpts=[str(here / "peft")], to="pt", out="ocr.pt",
+                                model=str(folder), task="ocr"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [sys.executable, "-m", "checkpoints", "ocr.pt", "--model", str(folder)]
     for to, out in (("diffusers", "lora.safetensors"), ("merged", "merged.safetensors"),
@@ -257,7 +265,8 @@ def test_conversion_asks_the_hub_for_no_text_encoders(file, net, here, monkeypat
 
     monkeypatch.setattr(convert, "find", find)
     formats.write_peft(here / "peft", random_adapter(net), "mini")
-    convert.main(convert.Config(ckpt="peft", to="diffusers", out="x.safetensors", model="org/sd3"))
+    convert.main(convert.Config(ckpts=["peft"], to="diffusers", out="x.safetensors",
+                                model="org/sd3"))
     assert asked == [("org/sd3", False)]
 
 
@@ -265,8 +274,8 @@ def test_a_merged_file_keeps_the_task_and_the_mark_if_there_are_any(folder, net,
     formats.write_peft(here / "peft", random_adapter(net), "mini")
 
     def merged(ckpt, **options):
-        convert.main(convert.Config(ckpt=ckpt, to="merged", out="m.safetensors", model=str(folder),
-                                    **options))
+        convert.main(convert.Config(ckpts=[ckpt], to="merged", out="m.safetensors",
+                                    model=str(folder), **options))
         return formats.read("m.safetensors", net)
 
     nameless = merged("peft")
@@ -274,12 +283,118 @@ def test_a_merged_file_keeps_the_task_and_the_mark_if_there_are_any(folder, net,
     assert formats.read("m.safetensors", net, "ocr")["task"] == "ocr"
     named = merged("peft", task="ocr", anchor=True)
     assert (named["task"], named["anchor"]) == ("ocr", True)
-    convert.main(convert.Config(ckpt="peft", to="pt", out="ocr.pt", model=str(folder), task="ocr",
-                                anchor=True))
+    convert.main(convert.Config(ckpts=["peft"], to="pt", out="ocr.pt", model=str(folder),
+                                task="ocr", anchor=True))
     marked = merged("ocr.pt")
     assert (marked["task"], marked["anchor"]) == ("ocr", True)
     with pytest.raises(ValueError, match="^--anchor --to peft: .*expected --to pt or merged$"):
-        convert.main(convert.Config(ckpt="ocr.pt", to="peft", out="again", anchor=True))
+        convert.main(convert.Config(ckpts=["ocr.pt"], to="peft", out="again", anchor=True))
+
+
+def same_update(got, want, net):
+    """Do two adapters change the base's weights alike?"""
+    theirs = formats.merged_weights(net, want)
+    for name, weight in formats.merged_weights(net, got).items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_several_adapters_are_merged_exactly_by_their_weights_and_then_written(folder, net, here):
+    one, two = random_adapter(net, seed=1), random_adapter(net, r=2, seed=2)
+    formats.write_peft("one", one, "mini")
+    formats.write_diffusers("two.safetensors", two)
+    want = merge_adapters([one, two], [2.0, 1.0])
+    how = dict(ckpts=["ocr=one", "geneval=two.safetensors"], weights=[2.0, 1.0], model=str(folder))
+    for to, out in (("pt", "x.pt"), ("peft", "x"), ("diffusers", "x.safetensors")):
+        convert.main(convert.Config(to=to, out=out, **how))
+        same_update(formats.read(out, net), want, net)
+    assert formats.read("x.pt", net)["task"] == "ocr+geneval"
+    convert.main(convert.Config(to="merged", out="whole.safetensors", **how))
+    whole = formats.read("whole.safetensors", net)
+    assert whole["task"] == "ocr+geneval"
+    got = whole["net"].state_dict()
+    for name, weight in formats.merged_weights(net, want).items():
+        torch.testing.assert_close(got[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_two_seeds_of_a_task_merge_into_that_task_and_strangers_need_a_name(folder, net, here):
+    formats.write_peft("one", random_adapter(net), "mini")
+
+    def task(*ckpts, **options):
+        convert.main(convert.Config(ckpts=list(ckpts), to="pt", out="x.pt", model=str(folder),
+                                    **options))
+        return formats.read("x.pt", net)["task"]
+
+    assert task("ocr=one", "ocr=one") == "ocr"
+    assert task("ocr=one", "one", task="mine") == "mine"
+    with pytest.raises(ValueError, match="^ocr=one one: does not say what it was trained on; exp"):
+        task("ocr=one", "one")
+
+
+def test_a_whole_transformer_among_several_makes_the_merge_a_whole(folder, file, net, here):
+    mini_sd3.write_file(here / "whole.safetensors", seed=7)
+    formats.write_peft("one", random_adapter(net), "mini")
+    how = dict(ckpts=["ocr=one", "ocr=whole.safetensors"], weights=[1.0, 3.0], model=str(folder))
+    convert.main(convert.Config(to="merged", out="x.safetensors", **how))
+    one = {**net.state_dict(), **formats.merged_weights(net, formats.read("one", net))}
+    whole = load_mmdit("whole.safetensors").state_dict()
+    merged = formats.read("x.safetensors", net)
+    assert merged["task"] == "ocr"
+    for name, weight in merged["net"].named_parameters():
+        torch.testing.assert_close(weight, (one[name] + 3 * whole[name]) / 4)
+    with pytest.raises(ValueError, match="is a whole transformer, which no adapter equals"):
+        convert.main(convert.Config(to="peft", out="x", **how))
+
+
+def test_command_line_takes_several_checkpoints_and_their_weights():
+    line = "a.pt b.pt --weights 2 1 --out x".split()
+    cfg = cli.parse(convert.Config, line, positional=("ckpts",))
+    assert (cfg.ckpts, cfg.weights) == (["a.pt", "b.pt"], [2.0, 1.0])
+    assert cli.parse(convert.Config, [], positional=("ckpts",)).ckpts == []
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, float("nan")], [1.0, float("inf")]])
+def test_weights_that_do_not_fit_are_refused_before_anything_is_read(weights):
+    with pytest.raises(ValueError, match="^--weights 1.0.*: expected 2 finite numbers above"):
+        convert.main(convert.Config(ckpts=["a.pt", "b.pt"], weights=weights, out="x"))
+
+
+# ------------------------------------------------------------------ the hub
+
+
+def hub(monkeypatch, folder):
+    """A hub that gives this folder. Returns the list of what it is asked for."""
+    asked = []
+
+    def snapshot_download(name, repo_type, allow_patterns, ignore_patterns):
+        asked.append((name, repo_type, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return asked
+
+
+def test_an_adapter_on_the_hub_is_read_as_its_folder(net, here, monkeypatch):
+    name = "jieliu/SD3.5M-FlowGRPO-GenEval"
+    asked = hub(monkeypatch, here / "cache")
+    formats.write_peft(here / "cache", random_adapter(net), "mini")
+    teacher = formats.read(name, net, "geneval")
+    assert asked == [(name, "model", ["adapter_config.json", "adapter_model.safetensors"])]
+    assert teacher["task"] == "geneval"
+    same_update(teacher, random_adapter(net), net)
+    same_update(cold_start(name, net, [], None, None), teacher, net)
+    assert len(asked) == 2
+    formats.write_peft(name, random_adapter(net, r=2), "mini")
+    assert formats.read(name, net)["r"] == 2 and len(asked) == 2           # the disk wins
+
+
+def test_a_hub_that_gives_no_adapter_is_one_clear_line(net, monkeypatch):
+    def no_network(*args, **options):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
+    refused(net, "org/name", "^org/name: is no file or folder here, and the hub did not give it: "
+                             "ConnectionError: no route to host$")
+    refused(net, "ckpt/missing.pt", "^ckpt/missing.pt: no such file$")
 
 
 # ------------------------------------------------------------------ bad input, one clear line each
@@ -358,10 +473,36 @@ def test_field_of_another_type_is_refused_with_the_types_that_do(net, here):
     refused(net, here / "x.pt", "x.pt: 'alpha' is of type str, expected int or float$")
 
 
-def test_transformer_of_another_shape_is_no_checkpoint_of_this_base(net, here):
+def test_transformer_of_another_size_is_read_and_evaluated_but_nothing_starts_from_it(net, here,
+                                                                                      folder):
     mini_sd3.write_file(here / "large.safetensors", mini_sd3.LARGE)
-    with pytest.raises(ValueError, match="large.safetensors: is a transformer of another shape"):
-        formats.read(here / "large.safetensors", net)
+    large = formats.read(here / "large.safetensors", net, "ocr")
+    sample = inputs()
+    want = load_mmdit(here / "large.safetensors")(*sample)
+    assert torch.equal(large["net"](*sample), want) and want.shape == sample[0].shape
+    sizes = ("needs transformers of the shape of --model, got depth 5, expected 4; width 192, "
+             "expected 128; pos_max 12, expected 24; dual 0, expected 2; one of another shape can "
+             "teach and be evaluated, no more$")
+    whole = copy.deepcopy(net)
+    with pytest.raises(ValueError, match=f"^--init merge: {sizes}"):
+        cold_start("merge", net, [large], None, None)
+    with pytest.raises(ValueError, match=f"^--init large.safetensors: {sizes}"):
+        cold_start_whole("large.safetensors", whole, net, [])
+    with pytest.raises(ValueError, match=f"^an average of weights: {sizes}"):
+        average_weights(whole, net, [large])
+    with pytest.raises(ValueError, match=f"^--to merged: {sizes}"):
+        convert.main(convert.Config(ckpts=["large.safetensors"], to="merged",
+                                    out="x.safetensors", model=str(folder)))
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, net.state_dict()[name])
+
+
+@pytest.mark.parametrize("name, value", [("channels", 8), ("context_dim", 64), ("pooled_dim", 64)])
+def test_transformer_of_other_latents_or_another_text_is_no_checkpoint(net, here, name, value):
+    cfg = dataclasses.replace(MEDIUM, **{name: value})
+    mini_sd3.write_file(here / "other.safetensors", cfg, vae=False)
+    refused(net, here / "other.safetensors", "is a transformer of other latents or another text "
+            f"than those of --model: {name} {value}, expected {getattr(MEDIUM, name)}$")
 
 
 def test_whole_transformer_is_not_relabelled(file, net, here):

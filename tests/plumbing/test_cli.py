@@ -1,4 +1,5 @@
 """Facts about plumbing/cli.py: a dataclass is the whole command line."""
+import errno
 import os
 import re
 import subprocess
@@ -187,6 +188,10 @@ class Config:
     word: str = ""
 
 def main(cfg):
+    if cfg.word == "interrupt":
+        raise KeyboardInterrupt
+    if cfg.word.isdigit():
+        raise OSError(int(cfg.word), "reason", "runs/x/log.jsonl")
     if cfg.word:
         raise ValueError(f"got {cfg.word}, expected nothing")
     print("done")
@@ -200,8 +205,12 @@ if __name__ == "__main__":
     ([], "", 0, "done\n", ""),
     (["--word", "x"], "", 2, "", "error: got x, expected nothing\n"),
     (["--word", "x"], "1", 1, "", "Traceback"),
-], ids=["good", "bad", "debug"])
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, argv, debug, code, out, err):
+    (["--word", str(errno.ENOSPC)], "", 2, "",
+     f"error: [Errno {errno.ENOSPC}] reason: 'runs/x/log.jsonl'\n"),
+    (["--word", "interrupt"], "", 130, "", "stopped by Ctrl-C\n"),
+    (["--word", "interrupt"], "1", -2, "", "Traceback"),
+], ids=["good", "bad", "debug", "full-disk", "interrupted", "debug-interrupted"])
+def test_bad_input_and_a_full_disk_and_ctrl_c_are_one_line(tmp_path, argv, debug, code, out, err):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "DEBUG": debug}

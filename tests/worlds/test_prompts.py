@@ -199,6 +199,34 @@ def test_a_run_whose_prompt_file_was_edited_is_not_resumed(folders, here):
         resume("run/state.pt", settings(), "b")
 
 
+def test_prompts_of_a_dataset_on_the_hub_are_those_of_its_folder(folders, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, repo_type, allow_patterns, **others):
+        asked.append((name, repo_type, allow_patterns))
+        return "geneval"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    world = SD3(["geneval=org/prompts"])
+    assert world.folders == SD3(["geneval=geneval"]).folders
+    wanted = ["train_metadata.jsonl", "train.txt", "test_metadata.jsonl", "test.txt",
+              "evaluation_metadata.jsonl"]
+    assert asked == [("org/prompts", "dataset", wanted)]
+
+
+def test_a_dataset_that_the_hub_does_not_give_is_one_clear_line(here, monkeypatch):
+    def no_network(*args, **options):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
+    message = ("^--prompts ocr=org/prompts: is no file or folder here, and the hub did not give "
+               "it: ConnectionError: no route to host$")
+    with pytest.raises(ValueError, match=message):
+        SD3(["ocr=org/prompts"])
+    with pytest.raises(ValueError, match="^--prompts ocr=/org/prompts: expected a folder with"):
+        SD3(["ocr=/org/prompts"])
+
+
 GOOD = '{"prompt": "a", "include": [{"class": "dog", "count": 1}]}\n'
 # task, file, its text, the message
 MALFORMED = [
