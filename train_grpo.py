@@ -31,8 +31,11 @@ from checkpoints.cold_start import cold_start, cold_start_whole
 from checkpoints.formats import save_trained
 from plumbing import cli, dist
 from plumbing.average import Average
+from plumbing.folder import check_places, check_room, prepare, run_folder
+from plumbing.health import Health
 from plumbing.log import Log
 from plumbing.state import restore, resume, save_state
+from plumbing.stop import Stop
 from rewards import Judge, advantages, check_rewards, choose_rewards
 from sampler import (
     Policy,
@@ -252,14 +255,14 @@ def main(cfg):
     rewards = choose_rewards(tasks, cfg.reward, world)
     mix = read_mix(cfg.ratio, tasks, dict.fromkeys(tasks, 1))
     pattern = [task for task, n in mix.items() for _ in range(n)]
+    folder = run_folder(cfg.name or "grpo-" + "-".join(cfg.tasks))
+    out = Path(cfg.out or folder / "adapter.pt")
+    check_places(folder, out)
     model = world.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5,
                        cfg.text_encoders)
     check_rewards(rewards, model, world, device=device)
     if cfg.offload:
         scorers.offload()
-    name = cfg.name or "grpo-" + "-".join(tasks)
-    folder = Path("runs") / name
-    out = Path(cfg.out or folder / "adapter.pt")
 
     # The policy is an adapter on the frozen base or a whole transformer; the base is the reference.
     net, adapter, r, alpha = make_policy(cfg, model.mmdit)
@@ -277,8 +280,12 @@ def main(cfg):
     scaler = dist.loss_scaler(device, cfg.amp)
     if cfg.dry_run:
         return cli.say_dry_run(cfg, net, rank, first)
+    prepare(folder, out, rank)
+    check_room(folder, out, sum(p.numel() for p in params), rank, cfg.ema > 0,
+               results=1 + (cfg.iters // cfg.keep if cfg.keep else 0))
     watch = Watch(cfg, model, world, tasks, rank, world_size, device)
     log = Log(folder, rank, settings, first, cfg.track)
+    health = Health(rank)
     judge = Judge(rewards, model, world)
 
     def draw(it):
@@ -294,6 +301,7 @@ def main(cfg):
     model.text.prepare(watch.texts + texts, *dist.local())
     dist.barrier()
 
+    stop = Stop()
     for it in tqdm(range(first, cfg.iters), initial=first, total=cfg.iters, disable=rank > 0):
         start = time.time()
         # 1. Prompts. Every rank draws the same list, and takes its own share of the images.
@@ -358,11 +366,15 @@ def main(cfg):
         seconds = time.time() - start
         log({"iter": it + 1, **row, "grad_norm": grad_norm, "s/it": seconds,
              "images/s": cfg.batch / seconds, **watch(policy, average, it + 1)}, watch.pictures)
+        health({"iter": it + 1, **row})
         if cfg.keep and (it + 1) % cfg.keep == 0:
             save(folder / f"adapter-{it + 1}.pt")
-        if (it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters:
+        stopping = stop.asked()
+        if (it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters or stopping:
             save_state(folder / "state.pt", net, opt, rank, iter=it + 1, settings=settings,
                        base=model.fingerprint, average=average.state())
+        if stopping:
+            stop.leave(it + 1, folder / "state.pt", rank)
 
     out = save(out)
     if rank == 0:

@@ -40,7 +40,6 @@ import copy
 import time
 from dataclasses import asdict, dataclass, field
 from itertools import chain
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -53,8 +52,11 @@ from checkpoints.teachers import attach, find_anchor, read_teachers
 from model import Route
 from plumbing import cli, dist
 from plumbing.average import Average
+from plumbing.folder import check_places, check_room, prepare, run_folder
+from plumbing.health import Health
 from plumbing.log import Log
 from plumbing.state import restore, resume, save_state
+from plumbing.stop import Stop
 from rewards import Judge, advantages, check_rewards, choose_rewards
 from sampler import (
     Policy,
@@ -553,6 +555,9 @@ def main(cfg):
     rank, world_size, device = dist.setup(cfg.device, cfg.seed)
     world = open_world(cfg.model, cfg.prompts)
     check(cfg, world, world_size)
+    folder = run_folder(cfg.name)
+    out = folder / "student.pt"
+    check_places(folder, out)
     model = world.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5,
                        cfg.text_encoders)
     loaded = read_teachers(cfg.teachers, model.mmdit, world.tasks,
@@ -563,7 +568,6 @@ def main(cfg):
     pattern = [task for task, n in mix.items() for _ in range(n)]
     world.check_prompts(set(pattern))
     judge = make_judge(cfg, list(mix), model, world, device)
-    folder = Path("runs") / cfg.name
 
     # Teachers and anchor: adapters on one frozen base, or whole transformers beside it. The
     # student: one more adapter, or a whole transformer of its own.
@@ -589,8 +593,12 @@ def main(cfg):
     scaler = dist.loss_scaler(device, cfg.amp)
     if cfg.dry_run:
         return cli.say_dry_run(cfg, net, rank, first)
+    prepare(folder, out, rank)
+    check_room(folder, out, sum(p.numel() for p in params), rank, cfg.ema > 0,
+               results=2 + (cfg.iters // cfg.keep if cfg.keep else 0))
     watch = Watch(cfg, model, world, tasks, rank, world_size, device)
     log = Log(folder, rank, settings, first, cfg.track)
+    health = Health(rank)
 
     def draw(it):
         return world.batch(pattern, cfg.batch // cfg.group, cfg.seed, it, cfg.mix)
@@ -606,6 +614,7 @@ def main(cfg):
     if first == 0:
         save(folder / "init.pt")
 
+    stop = Stop()
     for it in tqdm(range(first, cfg.iters), initial=first, total=cfg.iters, disable=rank > 0):
         start = time.time()
         # 1. Prompts. Every rank draws the same list, and takes its own share of the images.
@@ -673,13 +682,17 @@ def main(cfg):
         seconds = time.time() - start
         log({"iter": it + 1, **row, "grad_norm": grad_norm, "s/it": seconds,
              "images/s": cfg.batch / seconds, **watch(student, average, it + 1)}, watch.pictures)
+        health({"iter": it + 1, **row})
         if cfg.keep and (it + 1) % cfg.keep == 0:
             save(folder / f"student-{it + 1}.pt")
-        if (it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters:
+        stopping = stop.asked()
+        if (it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters or stopping:
             save_state(folder / "state.pt", net, opt, rank, iter=it + 1, settings=settings,
                        base=model.fingerprint, average=average.state())
+        if stopping:
+            stop.leave(it + 1, folder / "state.pt", rank)
 
-    out = save(folder / "student.pt")
+    out = save(out)
     if rank == 0:
         print(f"wrote {out} (cold start: {out.with_stem('init')})")
 

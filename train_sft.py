@@ -15,7 +15,6 @@ Flow-OPD (scripts/train_sd3_sft.py:802-810), the times then go through the sched
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -27,8 +26,11 @@ from checkpoints.teachers import attach, read_teachers
 from plumbing import cli, dist
 from plumbing.average import Average
 from plumbing.files import read_pt, write_pt
+from plumbing.folder import check_places, check_room, prepare, run_folder
+from plumbing.health import Health
 from plumbing.log import Log
 from plumbing.state import restore, resume, save_state
+from plumbing.stop import Stop
 from sampler import Policy, draw_noise, encode, expand, sample, schedule
 from watch import Watch, check_watch
 from worlds import open_world, presets
@@ -198,6 +200,9 @@ def main(cfg):
     check(cfg, world_size)
     world = open_world(cfg.model, cfg.prompts)
     check_watch(cfg, world, world.tasks)
+    folder = run_folder(cfg.name)
+    out = folder / "student.pt"
+    check_places(folder, out)
     model = world.load(cfg.model, device, getattr(torch, cfg.dtype), cfg.size, cfg.t5,
                        cfg.text_encoders)
     teachers = read_teachers(cfg.teachers, model.mmdit, world.tasks,
@@ -205,7 +210,6 @@ def main(cfg):
     mix = read_mix(cfg.ratio, teachers, world.ratio)
     pattern = [task for task, n in mix.items() for _ in range(n)]
     world.check_prompts(set(pattern))
-    folder = Path("runs") / cfg.name
     net = model.mmdit
     taught_by = attach(teachers, net)
     torch.manual_seed(cfg.seed)
@@ -225,8 +229,11 @@ def main(cfg):
     scaler = dist.loss_scaler(device, cfg.amp)
     if cfg.dry_run:
         return cli.say_dry_run(cfg, net, rank, first)
+    prepare(folder, out, rank)
+    check_room(folder, out, sum(p.numel() for p in params), rank, cfg.ema > 0)
     watch = Watch(cfg, model, world, list(teachers), rank, world_size, device)
     log = Log(folder, rank, settings, first, cfg.track)
+    health = Health(rank)
 
     # 1. Pictures. Every teacher draws the prompts of its task.
     rng = np.random.default_rng((cfg.seed, 1))
@@ -241,6 +248,7 @@ def main(cfg):
     latents = pictures(folder / "samples.pt", settings, rank, draw)
     dist.barrier()
 
+    stop = Stop()
     for it in tqdm(range(first, cfg.iters), initial=first, total=cfg.iters, disable=rank > 0):
         start = time.time()
         # 2. A batch. Every rank draws the same one, and takes its own part of it.
@@ -275,12 +283,16 @@ def main(cfg):
         policy = Policy(student, "student", cfg.guidance)
         log({"iter": it + 1, "loss": loss, "grad_norm": grad_norm, "s/it": seconds,
              "images/s": cfg.batch / seconds, **watch(policy, average, it + 1)}, watch.pictures)
-        if (it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters:
+        health({"iter": it + 1, "loss": loss})
+        stopping = stop.asked()
+        if (it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters or stopping:
             save_state(folder / "state.pt", net, opt, rank, iter=it + 1, settings=settings,
                        base=model.fingerprint, average=average.state())
+        if stopping:
+            stop.leave(it + 1, folder / "state.pt", rank)
 
     with average.applied():
-        out = save_trained(folder / "student.pt", net, "student", model, rank,
+        out = save_trained(out, net, "student", model, rank,
                            task="+".join(teachers), anchor=False, r=cfg.lora_r,
                            alpha=cfg.lora_alpha, settings=settings)
     if rank == 0:

@@ -21,6 +21,7 @@ from checkpoints.formats import (
     check_same,
     merged_weights,
     read,
+    read_adapter,
     save_adapter,
     save_whole,
     split_label,
@@ -29,6 +30,7 @@ from checkpoints.formats import (
 )
 from model import load_mmdit
 from plumbing import cli
+from plumbing.files import check_shapes, shapes_of
 from worlds.paths import find
 
 
@@ -73,7 +75,11 @@ def read_all(cfg, net):
     ckpts = []
     for spec in cfg.ckpts:
         label, path = split_label(spec)
-        ckpts.append(read(path, net, label or default))
+        if cfg.to == "pt" and len(cfg.ckpts) == 1 and path.endswith(".pt"):
+            # What an older version wrote has no digest, and its name for the base is another one.
+            ckpts.append(read_adapter(path, None))
+        else:
+            ckpts.append(read(path, net, label or default))
     return ckpts
 
 
@@ -108,7 +114,8 @@ def write_pt(cfg, ckpt, net):
         raise ValueError(f"{' '.join(cfg.ckpts)}: does not say what it was trained on; expected "
                          "--task TASK")
     settings = {"from": cfg.ckpts, "weights": cfg.weights}
-    fields = {"base": net.fingerprint, "settings": settings, **ckpt}
+    check_shapes(net.adapter_shapes(ckpt["r"]), shapes_of(ckpt["tensors"]), cfg.out)
+    fields = {"settings": settings, **ckpt, "base": net.fingerprint}
     fields["anchor"] = cfg.anchor or ckpt["anchor"]
     save_adapter(cfg.out, **fields)
 

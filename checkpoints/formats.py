@@ -13,7 +13,10 @@ import torch
 from model import MMDiTConfig, load_mmdit, part_prefix
 from plumbing.files import (
     check_shapes,
+    is_finite,
     open_tensors,
+    parse_json,
+    read_json,
     read_pt,
     shapes_of,
     write_pt,
@@ -44,16 +47,18 @@ def save_adapter(path, rank=0, **fields):
 def read_adapter(path, base):
     """Read what save_adapter wrote.
 
-    ValueError if it is something else, or if it belongs to another base. base: a fingerprint.
+    ValueError if it is something else, or if it belongs to another base. base: a fingerprint, or
+    None to read what an older version wrote, without a digest and with another fingerprint.
     """
-    adapter = read_pt(path, FIELDS)
+    adapter = read_pt(path, FIELDS, ours=base is not None)
     for key, types in FIELDS.items():
         if not isinstance(adapter[key], types):
             got = type(adapter[key]).__name__
             expected = " or ".join(one.__name__ for one in types)
             raise ValueError(f"{path}: '{key}' is of type {got}, expected {expected}")
+    check_scale(adapter["r"], adapter["alpha"], path)
     check_finite(adapter["tensors"], path)
-    if adapter["base"] != base:
+    if base and adapter["base"] != base:
         raise ValueError(f"{path}: is an adapter of base {adapter['base']}, but --model has "
                          f"fingerprint {base}; an adapter fits the base it was trained on")
     return adapter
@@ -62,7 +67,7 @@ def read_adapter(path, base):
 def check_finite(tensors, path):
     """ValueError names the first of {name: tensor} that is no tensor of finite numbers."""
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or not tensor.isfinite().all():
+        if not isinstance(tensor, torch.Tensor) or not is_finite(tensor):
             raise ValueError(f"{path}: '{name}' is not a tensor of finite numbers")
 
 
@@ -112,12 +117,12 @@ def from_diffusers(theirs, net, r, path):
         targets = ", ".join(TARGETS)
         raise ValueError(f"{error}: an adapter has rank {r} here, on {targets} of every block, "
                          "as Flow-GRPO trains") from None
+    check_finite(theirs, path)
     ours = {}
     for layer in layers:
         for factor in "AB":
             parts = [theirs[f"{module}.lora_{factor}.weight"] for module in their_modules(layer)]
             ours[f"{layer}.{factor}"] = torch.stack(parts).float()
-    check_finite(ours, path)
     return ours
 
 
@@ -152,10 +157,10 @@ PLAIN_STARTS = (True, "gaussian", "orthogonal")
 def read_peft_config(file):
     """The config of a PEFT adapter. ValueError if it asks for anything but plain LoRA."""
     try:
-        config = json.loads(file.read_text())
+        config = read_json(file)
         r = config["r"]
         alpha = config["lora_alpha"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{file}: expected a PEFT adapter's config: "
                          f"{type(error).__name__} {error}") from None
     kind = config.get("peft_type")
@@ -171,12 +176,21 @@ def read_peft_config(file):
     return config
 
 
-def alpha_of(config, r):
+def check_scale(r, alpha, path):
+    """ValueError unless r is a whole number and alpha a number, both finite and above 0."""
+    numbers = type(r) is int and type(alpha) in (int, float)
+    if not numbers or not 0 < r < 2**31 or not 0 < alpha < 1e6:
+        raise ValueError(f"{path}: has rank {r!r:.40} and alpha {alpha!r:.40}, expected a whole "
+                         "number and a number, both above 0")
+
+
+def alpha_of(config, r, path):
     """alpha in our convention, where the scale is alpha / r. If the config has no alpha, it is r.
 
     rsLoRA's scale is alpha / sqrt(r).
     """
     alpha = config.get("lora_alpha", r)
+    check_scale(r, alpha, path)
     if config.get("use_rslora"):
         alpha = alpha * r ** 0.5
     return alpha
@@ -187,10 +201,15 @@ def read_peft(folder, net):
     folder = Path(folder)
     config_file, tensor_file = PEFT_FILES
     config = read_peft_config(folder / config_file)
-    theirs, _ = read_tensors(folder / tensor_file)
+    theirs, metadata = read_tensors(folder / tensor_file)
     r = config["r"]
+    alpha = alpha_of(config, r, folder)
+    # Of the config, only the scale changes what an adapter of this rank computes.
+    if metadata.get("scale", repr(alpha / r)) != repr(alpha / r):
+        raise ValueError(f"{folder}: {config_file} has another scale than the adapter was written "
+                         f"with: {alpha / r}, expected {metadata['scale']}")
     tensors = from_diffusers(drop_prefix(PEFT_PREFIX, theirs), net, r, folder)
-    return {"tensors": tensors, "r": r, "alpha": alpha_of(config, r)}
+    return {"tensors": tensors, "r": r, "alpha": alpha}
 
 
 def write_peft(folder, adapter, base_name):
@@ -199,7 +218,8 @@ def write_peft(folder, adapter, base_name):
     theirs = to_diffusers(adapter["tensors"])
     theirs = {PEFT_PREFIX + name: tensor for name, tensor in theirs.items()}
     config_file, tensor_file = PEFT_FILES
-    write_tensors(folder / tensor_file, theirs, {"format": "pt"})
+    scale = repr(adapter["alpha"] / adapter["r"])
+    write_tensors(folder / tensor_file, theirs, {"format": "pt", "scale": scale})
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -246,8 +266,8 @@ def config_in(metadata, path):
     """The adapter's config in a file's metadata, or {} if there is none."""
     text = metadata.get("lora_adapter_metadata", "{}")
     try:
-        return drop_prefix(DIFFUSERS_PREFIX, json.loads(text))
-    except (json.JSONDecodeError, AttributeError):
+        return drop_prefix(DIFFUSERS_PREFIX, parse_json(text, path))
+    except (ValueError, AttributeError):
         raise ValueError(f"{path}: its lora_adapter_metadata is {text[:80]!r}, expected a JSON "
                          "object") from None
 
@@ -266,10 +286,11 @@ def read_diffusers(path, net):
     if odd:
         raise ValueError(f"{path}: has '{odd[0]}', which is not read here; expected plain LoRA, "
                          "named transformer.transformer_blocks.*.attn.*.lora_A.weight")
-    ranks = [len(tensor) for name, tensor in theirs.items() if name.endswith(".lora_A.weight")]
+    ranks = [sum(tensor.shape[:1]) for name, tensor in theirs.items()
+             if name.endswith(".lora_A.weight")]
     r = ranks[0] if ranks else 0
     tensors = from_diffusers(theirs, net, r, path)
-    return {"tensors": tensors, "r": r, "alpha": alpha_of(config, r)}
+    return {"tensors": tensors, "r": r, "alpha": alpha_of(config, r, path)}
 
 
 # ------------------------------------------------------------------ whole transformers

@@ -1,4 +1,5 @@
 """The teachers of a run: read, checked as a set, and attached to the network."""
+import torch
 from torch import nn
 
 from checkpoints.formats import read, split_label
@@ -61,7 +62,8 @@ def attach(teachers, net):
             known[task] = teacher["net"].fingerprint
         else:
             net.add_adapter(task, teacher["r"], teacher["alpha"], teacher["tensors"])
-            known[task] = fingerprint(teacher["tensors"])
+            scale = torch.tensor(teacher["alpha"] / teacher["r"])
+            known[task] = fingerprint({**teacher["tensors"], "scale": scale})
     return known
 
 

@@ -4,7 +4,8 @@ import contextlib
 import torch
 from torch.distributed.checkpoint import state_dict as dcp
 
-from plumbing.state import learning, weights
+from plumbing.files import shapes_of
+from plumbing.state import check_tensors, learning, weights
 
 PARTIAL = dcp.StateDictOptions(full_state_dict=True, strict=False)
 
@@ -24,6 +25,8 @@ class Average:
         self.steps = 0
         if decay and saved:
             self.steps = saved["average"]["steps"]
+            check_tensors(shapes_of(learning(net)), saved["average"]["weights"], saved["path"],
+                          "average.")
             # The net holds the average for a moment. plumbing.state.restore then sets the weights.
             dcp.set_model_state_dict(net, saved["average"]["weights"], options=PARTIAL)
         self.params = list(learning(net).values()) if decay else []

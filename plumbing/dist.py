@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from plumbing.health import not_finite
+
 
 def choose_device(device, world_size, local_ranks):
     """Turn "auto" into "cuda" if each local rank has a GPU, else "mps" or "cpu". Check the rest."""
@@ -32,13 +34,56 @@ def choose_device(device, world_size, local_ranks):
     return device
 
 
+# A rank that waits this long for another gives up. Loading, text encoding and compiling take
+# minutes, and ranks begin them together. A rank that starts later than START is not coming.
+TIMEOUT = timedelta(minutes=10)
+START = timedelta(minutes=5)
+
+
+def open_store(rank, world_size):
+    """Where the ranks find each other: a store that is new in each start of torchrun.
+
+    ValueError that names the ranks that did not come. torchrun keeps one store for all its
+    restarts, with the addresses of the dead ranks in it. So a restart has its own prefix there.
+    Nodes count restarts differently, so several nodes need a new store in each start.
+    """
+    env = os.environ
+    shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    nodes = int(env.get("GROUP_WORLD_SIZE", 1))
+    if shared and nodes > 1 and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ValueError(f"--max-restarts on {nodes} nodes: torchrun would keep the addresses of "
+                         "dead ranks; expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and "
+                         "--rdzv-backend=c10d")
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size,
+                          is_master=rank == 0 and not shared, timeout=START, wait_for_workers=False)
+    restart = env["TORCHELASTIC_RESTART_COUNT"] if shared else 0
+    store = dist.PrefixStore(f"start-{restart}", store)
+    store.set(f"here-{rank}", "")
+    everyone = [f"here-{other}" for other in range(world_size)]
+    try:
+        store.wait(everyone, START)
+    except dist.DistStoreError:
+        missing = [other for other, key in enumerate(everyone) if not store.check([key])]
+        raise ValueError(f"rank(s) {missing} of {world_size} did not start within {START}; "
+                         "expected WORLD_SIZE processes, as torchrun starts them") from None
+    return store
+
+
+def ranks():
+    """This process's rank and the number of ranks, from the environment that torchrun sets."""
+    given = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not all(number.isdecimal() for number in given) or not int(given[0]) < int(given[1]):
+        raise ValueError(f"RANK={given[0]} WORLD_SIZE={given[1]} in the environment: expected "
+                         "0 <= RANK < WORLD_SIZE, as torchrun sets them, or neither of them")
+    return int(given[0]), int(given[1])
+
+
 def setup(device="auto", seed=0):
     """Start torch.distributed if torchrun started several ranks, and seed torch.
 
     Returns rank, world size and device.
     """
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = ranks()
     device = choose_device(device, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if device == "cuda":
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
@@ -46,7 +91,8 @@ def setup(device="auto", seed=0):
         torch.set_float32_matmul_precision("high")
     if world_size > 1:
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, store=open_store(rank, world_size), rank=rank,
+                                world_size=world_size, timeout=TIMEOUT)
     torch.manual_seed(seed)
     return rank, world_size, torch.device(device)
 
@@ -190,8 +236,7 @@ def optimise(opt, scaler, it):
 def check_finite(grad_norm, it):
     """ValueError if the gradient is not finite. All ranks see the same norm, so all stop."""
     if not math.isfinite(grad_norm):
-        raise ValueError(f"iteration {it + 1}: the gradient is {grad_norm}; expected a finite one. "
-                         "Lower --lr or --a, or look at the rewards")
+        raise ValueError(not_finite("gradient", grad_norm, it))
 
 
 def compile_blocks(net):

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.files import first_line, write_text
+from plumbing.files import file_size, first_line, write_text
 from plumbing.picture import to_bytes
 
 # ------------------------------------------------------------------ trackers
 
+# The bytes of the largest log.jsonl that is read.
+LARGEST = 2**30
 # --track -> the module that it needs. Its package has the name of the tracker.
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
@@ -78,7 +80,7 @@ def row_of(line):
     """The row in a line of the log, or None if the line is damaged (by a kill, or by the disk)."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict) or type(row.get("iter")) is not int:
         return None
@@ -87,6 +89,7 @@ def row_of(line):
 
 def read_log(path):
     """The rows of a log.jsonl, and the number of lines that are damaged and left out."""
+    file_size(path, LARGEST)                            # a named pipe would block
     lines = Path(path).read_text("utf-8", "replace").splitlines()
     rows = [row_of(line) for line in lines]
     whole = [row for row in rows if row is not None]

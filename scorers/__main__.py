@@ -20,13 +20,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from plumbing import cli, dist
-from plumbing.files import write_text
+from plumbing.files import file_size, one_line, read_text, write_text
 from rewards import parse_reward, score
 from worlds import world_class
 from worlds.prompts import read_file
 
 USAGE = ("usage: python -m scorers NAME IMAGES PROMPTS, such as pickscore, a folder of images and "
          "a .txt of prompts (--help says more)")
+# The largest image that is read, in bytes and in pixels.
+LARGEST = 200 * 2**20
+PIXELS = 100 * 10**6
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -56,10 +59,11 @@ class Config:
 
 def read_image(path):
     """An image file as a tensor (3, H, W) in [0, 1]."""
-    try:
-        array = np.array(Image.open(path).convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{path}: is not an image that Pillow reads: {error}") from None
+    file_size(path, LARGEST)
+    with one_line(path, "is not an image that Pillow reads"), Image.open(path) as image:
+        if image.width * image.height > PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are too many")
+        array = np.array(image.convert("RGB"))
     return torch.from_numpy(array).permute(2, 0, 1) / 255
 
 
@@ -130,12 +134,12 @@ def stamp(path):
 def read_rows(path):
     """{image: row} that a stopped run has left. A line that was cut short is ignored."""
     rows = {}
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = read_text(path).splitlines() if path.exists() else []
     for line in lines:
         try:
             row = json.loads(line)
-            rows[row["image"]] = row
-        except json.JSONDecodeError:
+            rows[str(row["image"])] = row
+        except (ValueError, LookupError, TypeError, RecursionError):
             pass
     return rows
 

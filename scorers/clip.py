@@ -96,7 +96,7 @@ class Aesthetic:
         # is its copy on the hub.
         file = "sac+logos+ava1-l14-linearMSE.pth"
         path = weights("camenduru/improved-aesthetic-predictor", file) / file
-        head = score_head(read_pt(path, ["layers.0.weight"]), path)
+        head = score_head(read_pt(path, ["layers.0.weight"], ours=False), path)
         self.net = nn.ModuleDict({
             "vision": clip.vision_model.to(dtype),
             "projection": clip.visual_projection.to(dtype),
@@ -215,7 +215,7 @@ class HPSv2:
         import_ftfy()                                   # fails before 4 GB are fetched
         file = "HPS_v2.1_compressed.pt"
         path = weights("xswu/HPSv2", file) / file
-        state = read_pt(path, ["state_dict"])["state_dict"]
+        state = read_pt(path, ["state_dict"], ours=False)["state_dict"]
         missing = [name for name in TELLING if name not in state]
         check_shapes(dict.fromkeys(missing, "a tensor"), {}, path)
         net = pretrained(CLIPModel, path, clip_config_of(state), clip_state_from_open_clip(state))

@@ -343,7 +343,7 @@ def tensors_of(folder):
     paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     for path in paths:
         if path.suffix == ".bin":
-            shard = read_pt(path)
+            shard = read_pt(path, ours=False)
             read = shard.__getitem__
         else:
             shard = open_tensors(path)

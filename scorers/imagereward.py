@@ -93,7 +93,7 @@ class ImageReward:
 
     def __init__(self, device, dtype):
         path = weights("THUDM/ImageReward", "ImageReward.pt") / "ImageReward.pt"
-        vision_state, text_state, head_state = split(read_pt(path, TELLING), path)
+        vision_state, text_state, head_state = split(read_pt(path, TELLING, ours=False), path)
         config = vision_config_of(vision_state)
         vision = pretrained(BlipVisionModel, path, config, rename(vision_state, BLIP_VISION_NAMES))
         text = pretrained(BlipTextModel, path, text_config_of(text_state, config.hidden_size),

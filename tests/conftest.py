@@ -1,5 +1,18 @@
 """Fixtures of all tests."""
+import signal
+
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Gives this process its signal handlers back. A run in it leaves those of a Stop."""
+    from plumbing.stop import SIGNALS
+
+    kept = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    yield
+    for signum, handler in kept.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture

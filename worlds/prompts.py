@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from plumbing.files import read_text
 from worlds.paths import download, on_hub
 
 RELATIONS = ("left of", "right of", "above", "below")
@@ -127,10 +128,7 @@ def read_file(path, task, check=accept_all):
     check: raises ValueError for a GenEval prompt that the world's detector cannot judge.
     The ValueError for a malformed line names the line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as text: {error}") from None
+    lines = read_text(path).splitlines()
     is_json = Path(path).suffix == ".jsonl"
     metas = []
     for number, line in enumerate(lines, 1):

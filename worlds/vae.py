@@ -166,17 +166,17 @@ class VAE(nn.Module):
     def from_shapes(cls, shapes):
         """Read the architecture off the tensors of a checkpoint, {name: shape}."""
         levels = 0
-        n_res = 0
+        blocks = set()
         for name in shapes:
             part = name.split(".")
             if name.startswith("encoder.down."):
                 levels = max(levels, 1 + int(part[2]))
             if name.startswith("encoder.down.0.block."):
-                n_res = max(n_res, 1 + int(part[4]))
-        if not n_res:
+                blocks.add(part[4])
+        if not blocks:
             raise ValueError("no tensor 'encoder.down.0.block.0...'")
         ch = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
-        return cls(ch, n_res, shapes["decoder.conv_in.weight"][1])
+        return cls(ch, len(blocks), shapes["decoder.conv_in.weight"][1])
 
     def slices(self, x, factor=1):
         """Cut a batch x (B, C, h, w) into the parts that a network sees at a time.

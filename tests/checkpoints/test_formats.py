@@ -15,8 +15,10 @@ import pytest
 import torch
 from mini_sd3 import MEDIUM
 from safetensors.torch import load_file, save_file
+from tiny_runs import BASE, distance, make_teacher
 
 import checkpoints.__main__ as convert
+import worlds
 from checkpoints import formats
 from checkpoints.cold_start import (
     average_weights,
@@ -26,6 +28,7 @@ from checkpoints.cold_start import (
 )
 from model import PREFIX, MMDiT, load_mmdit
 from plumbing import cli
+from plumbing.files import read_pt
 
 ROOT = Path(__file__).parents[2]
 ORACLES = "needs the oracles: make oracles"
@@ -437,12 +440,13 @@ def test_lora_of_another_rank_or_other_targets_is_refused(net, here):
     peft = here / "peft"
     weights = peft / "adapter_model.safetensors"
     formats.write_peft(peft, random_adapter(net), "mini")
+    tensors = load_file(weights)
+    save_file(tensors, weights)                          # as a file of others, without our digest
 
     change_config(here, r=16)
     refused(net, peft, r"add_k_proj.lora_A.weight' is \(3, 128\), expected \(16, 128\)"
                        r".*: an adapter has rank 16")
     change_config(here, r=3)
-    tensors = load_file(weights)
 
     name = "transformer_blocks.1.attn2.to_q.lora_A.weight"
     save_file({**tensors, f"base_model.model.{name}": torch.zeros(3, 128)}, weights)
@@ -455,7 +459,7 @@ def test_lora_of_another_rank_or_other_targets_is_refused(net, here):
     save_file({name: x / 0 for name, x in tensors.items()}, weights)
     refused(net, peft, "not a tensor of finite numbers")
     (peft / "adapter_config.json").unlink()
-    refused(net, peft, "adapter_config.json: expected a PEFT adapter's config")
+    refused(net, peft, "adapter_config.json: no such file")
 
 
 @pytest.mark.parametrize("text", ["{broken", "[1]"])
@@ -509,3 +513,16 @@ def test_whole_transformer_is_not_relabelled(file, net, here):
     whole = formats.save_whole(here / "x.safetensors", {}, file, task="ocr")
     with pytest.raises(ValueError, match="is called 'geneval', but was trained on 'ocr'"):
         formats.read(whole, net, "geneval")
+
+
+def test_an_adapter_of_an_older_version_is_converted_with_its_tensors(here):
+    """Such a file has no digest, and its base is named by another fingerprint."""
+    path = make_teacher("new.pt", "ocr")
+    old = dict(read_pt(path, ["task"]), base="an old name")
+    torch.save(old, "old.pt")
+    with pytest.raises(ValueError, match="has no digest.*python -m checkpoints"):
+        formats.read("old.pt", worlds.load(BASE).mmdit)
+    convert.main(convert.Config(ckpts=["old.pt"], model=BASE, to="pt", out="again.pt"))
+    again = formats.read("again.pt", worlds.load(BASE).mmdit)
+    assert distance(again["tensors"], old["tensors"]) == 0
+    assert (again["r"], again["alpha"], again["task"]) == (4, 8.0, "ocr")

@@ -1,5 +1,7 @@
 """Facts about plumbing/files.py: files are whole or not there, and what is read is checked."""
 import os
+import random
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,11 @@ from plumbing.files import (
     check_shapes,
     fingerprint,
     first_line,
+    is_finite,
     open_tensors,
+    read_json,
     read_pt,
+    read_text,
     shapes_of,
     write_pt,
     write_tensors,
@@ -71,7 +76,7 @@ def test_writers_make_the_folders_and_leave_nothing_else(tmp_path):
     back = read_pt(folder / "a.pt", ["iter", "tensors"])
     assert back["iter"] == 3 and torch.equal(back["tensors"]["w"], tensors["w"])
     with open_tensors(folder / "a.safetensors") as file:
-        assert file.metadata() == {"world": "tiny"}
+        assert file.metadata()["world"] == "tiny"
         assert torch.equal(file.get_tensor("w"), tensors["w"])
 
 
@@ -106,12 +111,12 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, monkeypatch):
 
 def test_a_checkpoint_without_its_keys_is_refused_and_they_are_named(tmp_path):
     path = tmp_path / "short.pt"
-    torch.save({"task": "ocr"}, path)
+    write_pt(path, {"task": "ocr"})
     assert read_pt(path, ["task"]) == {"task": "ocr"}
     message = "short.pt: expected a checkpoint with task, anchor, base; it lacks anchor, base$"
     with pytest.raises(ValueError, match=message):
         read_pt(path, ["task", "anchor", "base"])
-    torch.save(["task"], path)
+    write_pt(path, ["task"])
     with pytest.raises(ValueError, match="it lacks task$"):
         read_pt(path, ["task"])
 
@@ -127,7 +132,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, content):
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.999])
 def test_a_checkpoint_that_was_cut_is_refused_in_one_line(tmp_path, part):
     path = tmp_path / "cut.pt"
-    torch.save({"w": torch.randn(2000)}, path)
+    write_pt(path, {"w": torch.randn(2000)})
     data = path.read_bytes()
     path.write_bytes(data[:int(part * len(data))])
     with pytest.raises(ValueError, match=r"^[^\n]*cut.pt: [^\n]*$"):
@@ -137,7 +142,7 @@ def test_a_checkpoint_that_was_cut_is_refused_in_one_line(tmp_path, part):
 def test_a_path_without_a_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="none.pt: no such file$"):
         read_pt(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match="none.safetensors: expected a safetensors file"):
+    with pytest.raises(ValueError, match="none.safetensors: no such file$"):
         open_tensors(tmp_path / "none.safetensors")
 
 
@@ -147,7 +152,7 @@ def test_a_safetensors_file_that_was_cut_is_refused_in_one_line(tmp_path, part):
     save_file({"w": torch.randn(2000)}, path)
     data = path.read_bytes()
     path.write_bytes(data[:int(part * len(data))])
-    message = r"^[^\n]*cut.safetensors: expected a safetensors file, got: [^\n]+$"
+    message = r"^[^\n]*cut.safetensors: expected a safetensors file, got [^\n]+$"
     with pytest.raises(ValueError, match=message):
         open_tensors(path)
 
@@ -155,6 +160,194 @@ def test_a_safetensors_file_that_was_cut_is_refused_in_one_line(tmp_path, part):
 def test_first_line_is_one_line_of_at_most_200_characters():
     assert first_line(ValueError("one\n  two\tthree")) == "one two three"
     assert len(first_line(ValueError("word " * 100))) == 200
+
+
+# ------------------------------------------------------------------ digests
+
+
+def bits(rng, data, n):
+    """n copies of data, in each of which one bit is flipped."""
+    for _ in range(n):
+        changed = bytearray(data)
+        changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        yield bytes(changed)
+
+
+def test_a_pt_of_ours_in_which_one_bit_is_flipped_is_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    write_pt(path, {"iter": 3, "w": torch.randn(100)})
+    for data in bits(random.Random(0), path.read_bytes(), 100):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"^[^\n]*a.pt: [^\n]*$"):
+            read_pt(path)
+
+
+def test_a_flipped_bit_in_a_number_is_refused_as_changed_content(tmp_path):
+    path = tmp_path / "a.pt"
+    w = torch.randn(100)
+    write_pt(path, {"w": w})
+    numbers = w.numpy().tobytes()
+    data = path.read_bytes()
+    assert data.count(numbers) == 1
+    path.write_bytes(data.replace(numbers, bytes([numbers[0] ^ 1]) + numbers[1:]))
+    for ours in (True, False):
+        with pytest.raises(ValueError, match="a.pt: its content has changed since it was written"):
+            read_pt(path, ours=ours)
+
+
+def test_a_pt_without_a_digest_is_refused_unless_it_is_of_others(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match="a.pt: has no digest, .*python -m checkpoints"):
+        read_pt(path)
+    assert torch.equal(read_pt(path, ["w"], ours=False)["w"], torch.ones(3))
+
+
+def test_torch_reads_a_pt_of_ours_without_our_code(tmp_path):
+    write_pt(tmp_path / "a.pt", {"w": torch.ones(3)})
+    assert torch.equal(torch.load(tmp_path / "a.pt")["w"], torch.ones(3))
+
+
+def test_a_safetensors_file_of_ours_in_which_one_bit_is_flipped_is_refused_or_equal(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors = {"v": torch.randn(5, 7), "w": torch.randn(100).half()}
+    write_tensors(path, tensors, {"task": "ocr"})
+    equal = 0
+    for data in bits(random.Random(0), path.read_bytes(), 300):
+        path.write_bytes(data)
+        try:
+            with open_tensors(path) as file:
+                # Only the mark itself was hit, or a space.
+                assert all(torch.equal(file.get_tensor(name), tensors[name]) for name in tensors)
+                assert file.metadata()["task"] == "ocr"
+                equal += 1
+        except ValueError as error:
+            assert "a.safetensors: " in str(error) and "\n" not in str(error)
+    assert equal < 10
+
+
+def test_a_copy_with_other_metadata_gets_a_digest_of_its_own(tmp_path):
+    tensors = {"w": torch.ones(3)}
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    with open_tensors(tmp_path / "a.safetensors") as file:
+        known = file.metadata()
+    write_tensors(tmp_path / "b.safetensors", tensors, {**known, "task": "ocr"})
+    with open_tensors(tmp_path / "b.safetensors") as file:
+        assert file.metadata()["digest"] != known["digest"]
+
+
+# ------------------------------------------------------------------ what is no file, and bombs
+
+READERS = [read_pt, open_tensors, read_text, read_json]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, reader):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for path, message in ((tmp_path / "pipe", "is a pipe, socket or device, expected a file"),
+                          (Path("/dev/zero"), "is a pipe, socket or device, expected a file"),
+                          (tmp_path, "is a folder, expected a file"),
+                          (tmp_path / "link", "no such file")):
+        with pytest.raises(ValueError, match=f"^{path}: {message}$"):
+            reader(path)
+
+
+def rewritten(path, change):
+    """Write a .pt anew, without a digest. change: (name, content) -> (content, compression)."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, *change(name, content))
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    path = tmp_path / "bomb.pt"
+    torch.save({"w": torch.ones(3)}, path)
+    rewritten(path, lambda name, content: (content + bytes(10**7), zipfile.ZIP_DEFLATED))
+    with pytest.raises(ValueError, match="bomb.pt: has compressed parts"):
+        read_pt(path, ours=False)
+
+
+def test_a_pickle_of_absurd_size_is_refused(tmp_path):
+    path = tmp_path / "big.pt"
+    torch.save({"w": list(range(10**6))}, path)
+    with pytest.raises(ValueError, match="big.pt: expected one data.pkl of at most 4,194,304"):
+        read_pt(path, ours=False)
+
+
+class Huge:
+    """A pickle that takes a terabyte when it is read."""
+
+    def __reduce__(self):
+        return bytearray, (10**12,)
+
+
+def test_a_pickle_that_would_take_a_terabyte_is_refused(tmp_path):
+    torch.save({"w": Huge()}, tmp_path / "huge.pt")
+    with pytest.raises(ValueError, match="huge.pt: holds something other .*bytearray"):
+        read_pt(tmp_path / "huge.pt", ours=False)
+
+
+def test_a_tensor_that_claims_more_numbers_than_the_file_has_is_refused(tmp_path):
+    torch.save({"w": [torch.ones(1).expand(10**12)]}, tmp_path / "wide.pt")
+    with pytest.raises(ValueError, match="wide.pt: has tensors of 4,000,000,000,000 bytes in a"):
+        read_pt(tmp_path / "wide.pt", ours=False)
+
+
+def test_the_end_of_a_large_file_is_enough_to_find_its_parts(tmp_path):
+    tensors = {"w": torch.zeros(5 * 10**6)}
+    write_pt(tmp_path / "large.pt", tensors)
+    assert read_pt(tmp_path / "large.pt").keys() == tensors.keys()
+
+
+def test_a_content_that_is_nested_too_deeply_is_refused(tmp_path):
+    content = []
+    for _ in range(60):
+        content = [content]
+    write_pt(tmp_path / "deep.pt", content)
+    with pytest.raises(ValueError, match="deep.pt: is nested more than 50 deep$"):
+        read_pt(tmp_path / "deep.pt")
+
+
+def test_a_safetensors_header_of_absurd_size_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes((2**40).to_bytes(8, "little") + b"{}" * 100)
+    with pytest.raises(ValueError, match="a.safetensors: .*a header of 1,099,511,627,776 bytes"):
+        open_tensors(path)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b'{"r": 1', "expected JSON \\(JSONDecodeError: "),
+    (b"[" * 10**5, "expected JSON \\(RecursionError: "),
+    (b'{"a": "\\ud800"}', "expected JSON \\(UnicodeEncodeError: "),
+    (b"\xff\xfe{}", "expected a text in UTF-8 \\(UnicodeDecodeError: "),
+    (b"1" * 5000, "expected JSON \\(ValueError: "),
+    (b" " * 2**20 + b"1", "has 1,048,577 bytes, expected at most 1,048,576"),
+], ids=["cut", "deep", "half_a_letter", "encoding", "long_number", "large"])
+def test_a_json_file_that_is_damaged_is_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^[^\n]*a.json: {message}[^\n]*$"):
+        read_json(path)
+
+
+def test_good_json_and_text_are_read(tmp_path):
+    write_text(tmp_path / "a.json", '{"a": ["é", 1.5]}')
+    assert read_json(tmp_path / "a.json") == {"a": ["é", 1.5]}
+    assert read_text(tmp_path / "a.json") == '{"a": ["é", 1.5]}'
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_is_finite_sees_a_single_number_that_is_not(dtype):
+    tensor = torch.ones(10, 10, dtype=dtype)
+    assert is_finite(tensor) and is_finite(tensor[:0]) and is_finite(tensor[0, 0])
+    for value in (float("nan"), float("inf"), -float("inf")):
+        broken = tensor.clone()
+        broken[7, 3] = value
+        assert not is_finite(broken)
+    assert not is_finite(tensor.int()), "weights are not whole numbers"
 
 
 # ------------------------------------------------------------------ the strict check
@@ -184,18 +377,35 @@ def test_the_first_that_does_not_fit_is_named_and_the_others_are_counted(got, me
 # ------------------------------------------------------------------ fingerprints
 
 
-def test_fingerprint_is_of_names_shapes_and_numbers_and_not_of_order_or_dtype():
+def test_fingerprint_is_of_names_dtypes_shapes_and_numbers_and_not_of_order():
     tensors = {"a": torch.arange(6.0), "b": torch.ones(2, 3)}
     name = fingerprint(tensors)
     assert len(name) == 16 and int(name, 16) >= 0
-    assert fingerprint({"b": tensors["b"], "a": tensors["a"].half()}) == name
+    assert fingerprint({"b": tensors["b"], "a": tensors["a"]}) == name
     others = [
         {"a": tensors["a"], "c": tensors["b"]},
         {"a": tensors["a"], "b": tensors["b"].view(3, 2)},
+        {"a": tensors["a"], "b": tensors["b"].half()},
         {"a": tensors["a"] + 1, "b": tensors["b"]},
         {"a": tensors["a"]},
     ]
-    assert len({name, *(fingerprint(other) for other in others)}) == 5
+    assert len({name, *(fingerprint(other) for other in others)}) == 6
+
+
+def test_every_single_bit_of_a_tensor_changes_its_fingerprint():
+    tensor = torch.arange(200, dtype=torch.int16)
+    names = {fingerprint({"a": tensor.view(torch.bfloat16)})}
+    for at in range(200):
+        changed = tensor.clone()
+        changed[at] ^= 1 << at % 15
+        names.add(fingerprint({"a": changed.view(torch.bfloat16)}))
+    assert len(names) == 201
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor(1.5), torch.empty(0, 3), torch.ones(4, 3).mT,
+                                    torch.ones(2, dtype=torch.float8_e4m3fn)])
+def test_fingerprint_takes_tensors_of_every_kind(tensor):
+    assert fingerprint({"a": tensor}) == fingerprint({"a": tensor.clone()})
 
 
 def test_fingerprint_can_be_taken_one_tensor_at_a_time():

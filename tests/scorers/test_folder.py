@@ -117,7 +117,7 @@ def test_several_images_a_prompt_go_with_it_in_order(pictures):
 @pytest.mark.parametrize("change, message", [
     (lambda d: (d / "prompts.txt").write_text("one\ntwo\n"), "5 images for the 2 prompts"),
     (lambda d: (d / "0002.png").write_bytes(b"no"), "0002.png: is not an image"),
-    (lambda d: (d / "prompts.txt").unlink(), "prompts.txt: cannot be read"),
+    (lambda d: (d / "prompts.txt").unlink(), "prompts.txt: no such file"),
 ])
 def test_a_folder_that_does_not_fit_its_prompts_is_refused(pictures, change, message):
     change(pictures)
