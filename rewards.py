@@ -256,8 +256,8 @@ def choose_rewards(tasks, specs, world, share=0.2):
                          f"({' '.join(tasks)})")
     without = [task for task in tasks if task not in world.reward]
     if without and not specs:
-        raise ValueError(f"--tasks {' '.join(tasks)}: {', '.join(without)} has no reward of its "
-                         "own; expected --reward, one a task")
+        raise ValueError(f"tasks {' '.join(tasks)}: {', '.join(without)} has no reward of its own; "
+                         "expected --reward, one for each of these tasks")
     if specs:
         return {task: parse_reward(spec) for task, spec in zip(tasks, specs)}
     rewards = {task: parse_reward(world.reward[task]) for task in tasks}

@@ -286,8 +286,8 @@ class State:
     v_target: Tensor = None  # (b, C, H, W), the teacher's velocity at x
     v_anchor: Tensor = None  # (b, C, H, W), the anchor's
     adv: Tensor = None       # (b,), advantage of the step, for policy gradients
-    # For the log, (b,) each, of the last update; nan where it was not computed:
-    ratio: Tensor = None     # p_new / p_old
+    # For the log, (b,) each, of its update; nan where it was not computed:
+    ratio: Tensor = None     # p_new / p_old, only of the images that the loss counts
     kl: Tensor = None        # to the base (stage 1), or to the target (stage 2)
     kl_anchor: Tensor = None
 

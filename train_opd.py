@@ -11,8 +11,9 @@ A run that was stopped goes on where it was when the same command is given again
 writes is in runs/NAME/.
 
 One iteration: the student samples trajectories. At every supervised state that it visited, the
-prompt's own teacher says where it would go next. So does one more teacher, the anchor, whatever
-the prompt. The loss pulls the student's step there. No image is scored.
+prompt's own teacher says where it would go next. So does the anchor, whatever the
+prompt: one more teacher, or the base. The loss pulls the student's step there. By default no image
+is scored.
 
 How to pull is where the paper, its code and its followers differ. Fix a state x. The student goes
 to x_next ~ p_S(.|x), a Gaussian. The teacher's p_T has the same variance, so D = KL(p_S || p_T) is
@@ -472,6 +473,9 @@ def check_combination(cfg):
     if scored(cfg) and cfg.group < 2:
         raise ValueError(f"--group {cfg.group}: rewards are compared within a prompt, so at least "
                          "2 images are needed")
+    if cfg.drop_equal and cfg.objective == "released":
+        raise ValueError("--drop-equal --objective released: its loss of an image is a mean over "
+                         "the whole micro-batch, so dropped images would still count")
     if cfg.merge and cfg.init not in ("merge", "truncate", "factors"):
         raise ValueError(f"--merge {' '.join(cfg.merge)}: --init {cfg.init} merges no teachers")
     if cfg.rollout == "cps" and end == cfg.steps:
@@ -533,13 +537,20 @@ def judged(judge, minibatches, task, mine, cfg):
     return signal[mine] if cfg.drop_equal else torch.ones_like(signal[mine])
 
 
-def summary(minibatches, task, tasks, cfg):
+def summary(minibatches, task, tasks, judge, cfg):
     """What the log says of an iteration, over all ranks."""
+    row = {}
+    if judge:
+        reward = dist.gather(torch.tensor(judge.reported(), device=task.device))
+        everyone = dist.gather(task)
+        for n, name in enumerate(tasks):
+            if (everyone == n).any():
+                row[f"reward_{name}"] = reward[everyone == n].mean().item()
     states = list(chain(*minibatches))
     kls = dist.gather(torch.cat([s.kl for s in states]))              # nan where none was computed
     slots = dist.gather(torch.cat([s.slot for s in states]))
     task = dist.gather(torch.cat([task[s.images] for s in states]))
-    row = {"kl": mean_of(kls)}
+    row["kl"] = mean_of(kls)
     for n, name in enumerate(tasks):
         if (task == n).any():
             row[f"kl_{name}"] = mean_of(kls[task == n])
@@ -673,12 +684,12 @@ def main(cfg):
                 scaler.scale(loss * world_size).backward()        # ranks are averaged, not summed
                 s.kl = kl(v.detach(), s.v_target, s)
                 if cfg.objective in SURROGATES:
-                    s.ratio = likelihood_ratio(v.detach(), s)
+                    s.ratio = likelihood_ratio(v.detach(), s)[kept[s.images]]
             grad_norm = dist.optimise(opt, scaler, it)            # clip, step, zero_grad
             average.step()
 
         # 5. Log and save.
-        row = summary(minibatches, task, tasks, cfg)
+        row = summary(minibatches, task, tasks, judge, cfg)
         seconds = time.time() - start
         log({"iter": it + 1, **row, "grad_norm": grad_norm, "s/it": seconds,
              "images/s": cfg.batch / seconds, **watch(student, average, it + 1)}, watch.pictures)

@@ -43,6 +43,7 @@ class Average:
 
     @torch.no_grad()
     def swap(self):
+        """Exchange the weights and their averages."""
         for mean, p in zip(self.means, self.params):
             kept = p.clone()
             p.copy_(mean)

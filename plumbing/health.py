@@ -22,7 +22,7 @@ def not_finite(what, value, it):
 class Health:
     """Call it with every row of the log. All ranks have the same row, so all ranks stop at once.
 
-    rank: rank 0 prints the warnings. log: a row has "iter" and any of the other keys below.
+    rank: rank 0 prints the warnings. A row has "iter" and any of the other keys below.
     """
 
     def __init__(self, rank):

@@ -30,7 +30,7 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             return                                      # Python allows handlers there only
         for signum in SIGNALS:
-            # nohup ignores SIGHUP, and that holds. But torchrun passes on what it does not ignore.
+            # What nohup ignores stays ignored. But torchrun passes on what it does not ignore.
             if self.torchrun or signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, self.receive)
 

@@ -6,10 +6,17 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Gives this process its signal handlers back. A run in it leaves those of a Stop."""
+    """Gives this process its signal handlers back. A run in it leaves those of a Stop.
+
+    What nohup or a background shell ignores is listened to in a test, and in what it starts.
+    """
     from plumbing.stop import SIGNALS
 
     kept = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    for signum, handler in kept.items():
+        if handler == signal.SIG_IGN:
+            ordinary = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+            signal.signal(signum, ordinary)
     yield
     for signum, handler in kept.items():
         signal.signal(signum, handler)

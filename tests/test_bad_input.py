@@ -13,6 +13,7 @@ import eval as evaluation
 import sampler
 import train_grpo
 import train_opd
+from plumbing.files import write_pt
 
 # ------------------------------------------------------------------ combinations in stage 2
 
@@ -62,8 +63,8 @@ class Evil:
 
 def bad_files(here):
     """Files that are no teachers, or none that fits. good.pt is one."""
-    torch.save({"task": Evil()}, here / "evil.pt")
-    torch.save({"task": "ocr"}, here / "short.pt")
+    write_pt(here / "evil.pt", {"task": Evil()})
+    write_pt(here / "short.pt", {"task": "ocr"})
     good = make_teacher(here / "good.pt", "ocr")
     (here / "cut.pt").write_bytes(Path(good).read_bytes()[:5000])
     (here / "text.pt").write_text("hello")
@@ -73,7 +74,8 @@ def bad_files(here):
     make_teacher(here / "misshapen.pt", "ocr", r=5)
     broken = torch.load(good)
     next(iter(broken["tensors"].values()))[0] = float("nan")
-    torch.save(broken, here / "nan.pt")
+    write_pt(here / "nan.pt", broken)
+    torch.save(broken, here / "unsigned.pt")
 
 
 GOOD = dict(teachers=["good.pt"])
@@ -95,11 +97,12 @@ OPD_BAD = [
     (dict(**ALONE, group=3), "--batch 8 --group 3: expected whole groups"),
     (dict(**GOOD, lam=-1.0), "--lam -1.0"),
     (dict(**ALONE, anchor="ocr"), "--anchor ocr: .*--lam > 0"),
-    (dict(**GOOD, lora_r=4), "are for an adapter from --init none"),
+    (dict(**GOOD, lora_r=4), "are for a new adapter"),
     (dict(**GOOD, updates=0), "--updates 0: expected a finite number greater than 0"),
     (dict(**GOOD, noisy=[2, 9]), "--noisy"),
     (dict(**ALONE, blend=0.5), "--blend 0.5: there is one teacher"),
     (dict(teachers=["nan.pt"]), "nan.pt: .*not a tensor of finite numbers"),
+    (dict(teachers=["unsigned.pt"]), "unsigned.pt: has no digest"),
     (dict(**GOOD, model="nowhere.safetensors"), "nowhere.safetensors"),
     (dict(**GOOD, model="text.pt"), "expected a safetensors file"),
 ]

@@ -72,7 +72,7 @@ SIZES = dict(size=512, guidance=4.5)
 
 
 @pytest.mark.parametrize("script, want", [
-    (train_grpo, dict(**SIZES, steps=10, lora_r=32, lora_alpha=64.0)),
+    (train_grpo, dict(**SIZES, steps=10, beta=0.004, ema=0.9)),
     (train_opd, dict(**SIZES, steps=10)),
     (evaluation, dict(**SIZES, steps=40)),
 ], ids=["grpo", "opd", "eval"])

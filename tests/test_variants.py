@@ -134,6 +134,7 @@ def test_drop_equal_trains_on_the_other_prompts_as_if_they_were_alone(monkeypatc
     monkeypatch.setattr(train_opd, "kl", kl)
     monkeypatch.setitem(train_opd.OBJECTIVES, "kl", lambda v, s, cfg: kl(v, s.v_target, s))
     run_judged(monkeypatch, [0.5, 0.5, 0.1, 0.9, 0.5, 0.5, 0.5, 0.5], drop_equal=True)
+    assert "reward_ocr" in log("opd")[0]
     share = 1 / (2 * 4)                                  # two images at four steps each
     assert weights == [[0, 0, share, share, 0, 0, 0, 0]] * 4
 

@@ -24,7 +24,10 @@ OPD = dict(model=BASE, iters=2, batch=8, group=2, steps=4, noisy=[0, 4], updates
 
 def grpo(**options):
     """A run of stage 1."""
-    train_grpo.main(train_grpo.Config(**{**GRPO, **options}))
+    defaults = dict(GRPO)
+    if options.get("full") or "init" in options:             # then there is no new adapter
+        defaults.update(lora_r=None, lora_alpha=None)
+    train_grpo.main(train_grpo.Config(**{**defaults, **options}))
 
 
 def opd(**options):

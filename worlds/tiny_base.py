@@ -20,9 +20,11 @@ from tqdm import trange
 
 from model import PREFIX, MMDiT, MMDiTConfig
 from plumbing import cli, dist
-from plumbing.files import write_pt, write_tensors
+from plumbing.files import write_tensors
+from plumbing.folder import prepare
 from plumbing.log import Log
-from plumbing.state import resume
+from plumbing.state import resume, write_state
+from plumbing.stop import Stop
 from sampler import generator
 from worlds.prompts import TAGS
 from worlds.tiny import TinyText
@@ -38,7 +40,7 @@ class Config:
     out: str = "ckpt/tiny.safetensors"
     # Where the resumable state and the log live.
     run: str = "runs/tiny"
-    # Steps between resumable states (and versions of the model file).
+    # Steps between resumable states.
     save_every: int = 500
     # Only write a grid of training pictures to this PNG.
     show: str = ""
@@ -270,6 +272,7 @@ def main(cfg):
     check(cfg, world_size)
     path = Path(cfg.run) / "state.pt"
     settings = run_settings(cfg, world_size)
+    prepare(Path(cfg.run), cfg.out, rank)
     # VAE and base fit only the pictures that they saw. So seed, pool, sizes and the world itself
     # must be those of the stopped run. steps, batch and lr may change: the shipped base took 6000
     # steps of 64 pictures, then 2500 of 128 (make base).
@@ -277,7 +280,7 @@ def main(cfg):
     vae = make_vae(cfg, state, rank, world_size, device)
     fixed = {"settings": settings, "base": "tiny", "vae": vae.state_dict()}
     if rank == 0 and not state:
-        write_pt(path, {"iter": 0, **fixed})
+        write_state(path, {"iter": 0, **fixed})
     prompts, latents = make_pool(cfg, vae, rank, world_size, device)
 
     torch.manual_seed(cfg.seed)
@@ -291,6 +294,7 @@ def main(cfg):
     log = Log(cfg.run, rank, asdict(cfg), first)
     losses = []
     start = time.time()
+    stop = Stop()
     bar = trange(first, cfg.steps, initial=first, total=cfg.steps, desc="base", disable=rank > 0)
     for step in bar:
         n = cfg.batch // world_size
@@ -303,14 +307,19 @@ def main(cfg):
         opt.step()
         losses.append(loss.item())
         done = step + 1
-        if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
+        stopping = stop.asked()
+        if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps or stopping):
             speed = len(losses) * cfg.batch / (time.time() - start)
             log({"iter": done, "loss": float(np.mean(losses)), "images/s": speed})
-            write_pt(path, {"iter": done, **fixed, "weights": base.state_dict(),
-                            "opt": opt.state_dict()})
-            write_model(base, vae, cfg.out)
+            write_state(path, {"iter": done, **fixed, "weights": base.state_dict(),
+                               "opt": opt.state_dict()})
             losses = []
             start = time.time()
+        if stopping:
+            stop.leave(done, path, rank)
+    # A run that was killed between its last state and this file writes it now.
+    if rank == 0:
+        write_model(base, vae, cfg.out)
 
 
 if __name__ == "__main__":

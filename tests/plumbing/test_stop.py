@@ -80,7 +80,7 @@ def test_a_signal_ends_a_run_after_its_iteration_with_one_line_and_its_code(here
     process = start(here)
     wait_for("at0")
     process.send_signal(signum)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signum
     done = Path("saved0").read_text()
     assert err == (f"stopped by {signum.name} after iteration {done}: state saved in state.pt; the "
@@ -88,10 +88,10 @@ def test_a_signal_ends_a_run_after_its_iteration_with_one_line_and_its_code(here
 
 
 def test_before_the_loop_ctrl_c_ends_a_run_at_once_with_one_line(here):
-    process = start(here, "--load", "60")
+    process = start(here, "--load", "600")
     assert process.stdout.readline() == "loading\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (130, "stopped by Ctrl-C\n")
 
 
@@ -110,7 +110,7 @@ def test_torchrun_passes_a_signal_on_and_waits_until_the_ranks_have_saved(here):
     process = start(here, launch=launch)
     wait_for("at0")
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert Path("saved0").read_text() == Path("saved1").read_text()
     assert err.count("stopped by SIGTERM after iteration") == 1
 
