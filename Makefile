@@ -10,7 +10,7 @@ MODELS = base ckpt/geneval.pt ckpt/ocr.pt ckpt/quality.pt merge=runs/demo/init.p
 DEPS = $(PYTHON) -c "import sys, tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	print(*(p['optional-dependencies'][sys.argv[1]] if sys.argv[1:] else p['dependencies']))"
 
-.PHONY: demo test lint oracles teachers base reproduce
+.PHONY: demo test lint oracles teachers base reproduce doctor
 
 demo: .venv/done                  # stage 2 from the shipped teachers, then the table and the picture
 	rm -rf runs/demo
@@ -29,6 +29,9 @@ teachers: .venv/done              # stage 1, from the shipped base (under an hou
 	$(RUN) train_grpo.py --tasks geneval --batch 192 --lr 2e-3 --iters 250 --out ckpt/geneval.pt
 	$(RUN) train_grpo.py --tasks ocr --iters 225 --out ckpt/ocr.pt
 	$(RUN) train_grpo.py --tasks quality --anchor --iters 50 --out ckpt/quality.pt
+
+doctor: .venv/done               # check the shipped model, teachers and rewards, one line a check
+	$(BIN)/python -m experiments.doctor --teachers ckpt/*.pt
 
 reproduce: .venv/done             # the paper's findings with several seeds (six hours on two cores)
 	$(BIN)/python -m experiments.reproduce --ranks $(RANKS) $(ARGS)
