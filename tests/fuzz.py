@@ -144,9 +144,10 @@ def model(path):
 
 
 def restored(path):
-    found = dict(state.newest(path))
-    del found["path"]
-    return found
+    found = state.newest(path)
+    if found is None:                                   # no file: a run would start anew
+        raise ValueError(f"{path}: no such file")
+    return {key: value for key, value in found.items() if key != "path"}
 
 
 # name -> (loader, whether the form is ours, with a digest)

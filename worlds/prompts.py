@@ -108,6 +108,8 @@ def parse_line(line, is_json, task, check):
         except json.JSONDecodeError as error:
             raise ValueError(f"is not JSON ({error.msg} at column {error.colno}): "
                              f"{line[:80]!r}") from None
+        except RecursionError:
+            raise ValueError(f"is JSON that is nested too deeply: {line[:80]!r}") from None
     prompt = meta.get("prompt") if isinstance(meta, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f'got {line[:80]!r}, expected a JSON object with a "prompt"')
