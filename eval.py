@@ -32,6 +32,7 @@ from tqdm import tqdm
 from checkpoints.formats import read, split_label
 from plumbing import cli, dist
 from plumbing.files import write_text
+from plumbing.folder import check_writable
 from plumbing.picture import draw_grid, to_bytes
 from rewards import REWARDS, check_rewards, parse_reward, score
 from sampler import Policy, draw_noise, encode, sample, schedule
@@ -262,7 +263,17 @@ def to_lines(asked):
 
 
 def check_out(cfg, asked, labels):
-    """ValueError if OUT has pictures of another command. They would look like those of this one."""
+    """ValueError if OUT is no folder to write to, or has pictures of another command.
+
+    They would look like those of this one.
+    """
+    if cfg.tasks or cfg.score or cfg.diversity:
+        raise ValueError("--tasks, --score and --diversity: are for an evaluation; with --prompt "
+                         "or --prompt-file only pictures are drawn")
+    for label in labels:
+        if set(label) <= {"."} or "/" in label:
+            raise ValueError(f"--ckpts {label}=...: expected a label that can be a folder's name")
+    check_writable(Path(cfg.out))
     names = set(picture_names(cfg, asked))
     out = Path(cfg.out)
     listed = out / "prompts.txt"
@@ -338,6 +349,12 @@ def choose_tasks(cfg, world, rank):
 
 def check(cfg, world, tasks, world_size):
     """ValueError for all that can be known to be wrong before any time is spent."""
+    if (cfg.each, cfg.layout) != (1, "numbers"):
+        raise ValueError(f"--each {cfg.each} --layout {cfg.layout}: are for pictures of --prompt "
+                         "or --prompt-file")
+    if not Path(cfg.out).name:
+        raise ValueError(f"--out {cfg.out!r}: expected the start of file names, such as runs/eval")
+    check_writable(Path(cfg.out).parent)
     for task in tasks:
         if task not in world.tasks or tasks.count(task) > 1:
             raise ValueError(f"--tasks {task}: expected some of {', '.join(world.tasks)}, "

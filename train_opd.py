@@ -476,6 +476,13 @@ def check_combination(cfg):
     if cfg.drop_equal and cfg.objective == "released":
         raise ValueError("--drop-equal --objective released: its loss of an image is a mean over "
                          "the whole micro-batch, so dropped images would still count")
+    defaults = type(cfg)
+    if cfg.objective != "mixed" and cfg.kl_scale != defaults.kl_scale:
+        raise ValueError(f"--kl-scale {cfg.kl_scale} --objective {cfg.objective}: is for "
+                         "--objective mixed")
+    if cfg.objective not in SURROGATES and cfg.clip != defaults.clip:
+        raise ValueError(f"--clip {cfg.clip} --objective {cfg.objective}: there is no ratio to "
+                         f"clip; is for {', '.join(SURROGATES)}")
     if cfg.merge and cfg.init not in ("merge", "truncate", "factors"):
         raise ValueError(f"--merge {' '.join(cfg.merge)}: --init {cfg.init} merges no teachers")
     if cfg.rollout == "cps" and end == cfg.steps:

@@ -14,6 +14,7 @@
 import copy
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from checkpoints.cold_start import average_weights, merge_adapters
@@ -31,6 +32,7 @@ from checkpoints.formats import (
 from model import load_mmdit
 from plumbing import cli
 from plumbing.files import check_shapes, shapes_of
+from plumbing.folder import check_places, check_writable
 from worlds.paths import find
 
 
@@ -62,6 +64,12 @@ def check(cfg):
     if cfg.anchor and cfg.to in ("peft", "diffusers"):
         raise ValueError(f"--anchor --to {cfg.to}: this form cannot hold the mark; expected "
                          "--to pt or merged")
+    if cfg.out == cfg.model:
+        raise ValueError(f"--out {cfg.out}: is the base itself; expected another file")
+    if cfg.to == "peft":
+        check_writable(Path(cfg.out))
+    else:
+        check_places(Path(cfg.out).parent, cfg.out)
     positive = all(0 < weight < math.inf for weight in cfg.weights)
     if cfg.weights and (len(cfg.weights) != len(cfg.ckpts) or not positive):
         given = " ".join(str(weight) for weight in cfg.weights)

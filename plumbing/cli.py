@@ -52,7 +52,7 @@ def argument(kind):
     """The keywords of add_argument that follow from the type (kind) of a field."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is list:
-        return dict(nargs="*", type=args[0])
+        return dict(nargs="+", type=args[0])
     if kind is bool:
         return dict(action=argparse.BooleanOptionalAction)
     if origin is typing.Literal:
@@ -66,7 +66,8 @@ def parse(cls, argv=None, presets=None, positional=()):
     """Parse the command line into a cls.
 
     presets: a function from the value of --model to {field: default}, for the fields whose default
-    depends on the model. positional: the fields that are given without a flag.
+    depends on the model. positional: the fields that are given without a flag. ValueError as in
+    check_numbers.
     """
     docs = field_docs(cls)
     changed = {}
@@ -89,10 +90,13 @@ def parse(cls, argv=None, presets=None, positional=()):
         doc = f"{doc} (default: {default})".replace("%", "%%")
         how = dict(argument(hints[field.name]), default=default, help=doc)
         if field.name in positional:
-            groups[group].add_argument(field.name, **{"nargs": "?", **how})
+            how["nargs"] = "*" if "nargs" in how else "?"
+            groups[group].add_argument(field.name, **how)
         else:
             groups[group].add_argument("--" + field.name.replace("_", "-"), **how)
-    return cls(**vars(parser.parse_args(argv)))
+    cfg = cls(**vars(parser.parse_args(argv)))
+    check_numbers(cfg)
+    return cfg
 
 
 # Reasons of the system why a file cannot be written, which are not a fault in the code.
@@ -136,16 +140,39 @@ def end(line, code):
     os._exit(code)
 
 
-def positive(cfg, *names):
-    """ValueError unless all numbers are finite and at least 0, and the named ones above 0."""
+# The most that an option may be, in every script. More is a slip: the run would not end, would not
+# fit into memory, or would give numbers that are not finite.
+MOST = {"lr": 10, "clip": 1, "a": 100, "guidance": 1000, "extrapolate": 1000, "beta": 10**6,
+        "lam": 10**6, "kl_scale": 10**6, "lora_r": 4096, "lora_alpha": 10**6, "iters": 10**6,
+        "steps": 10**5, "eval_steps": 10**5, "vae_steps": 10**6, "batch": 10**6, "group": 10**6,
+        "samples": 10**6, "pool": 10**8, "per_task": 10**5, "eval_images": 10**5, "each": 10**5,
+        "rows": 1000, "width": 16384, "depth": 1000, "size": 16384, "seed": 2**63 - 1,
+        "seeds": 2**63 - 1}
+# The most that the shares of --ratio may add up to.
+LARGEST_SHARES = 1000
+
+
+def check_numbers(cfg):
+    """ValueError unless all numbers, in lists too, are finite, at least 0 and at most MOST."""
     for name, value in vars(cfg).items():
-        if not isinstance(value, (int, float)):
-            continue
         flag = "--" + name.replace("_", "-")
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{flag} {value}: expected a finite number of 0 or more")
-        if value == 0 and name in names:
-            raise ValueError(f"{flag} {value}: expected a finite number greater than 0")
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, (int, float)):
+                continue
+            if not 0 <= number < math.inf:
+                raise ValueError(f"{flag} {number}: expected a finite number of 0 or more")
+            if number > MOST.get(name, number):
+                raise ValueError(f"{flag} {number}: expected at most {MOST[name]}")
+
+
+def positive(cfg, *names):
+    """ValueError as in check_numbers, or if one of the named options is 0."""
+    check_numbers(cfg)
+    for name in names:
+        if getattr(cfg, name) == 0:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {getattr(cfg, name)}: expected a finite number greater "
+                             "than 0")
 
 
 def lora_defaults(cfg, lora, new):
@@ -167,9 +194,26 @@ def check_training(cfg):
     """ValueError unless the options that all training scripts share make sense."""
     if cfg.ema >= 1:
         raise ValueError(f"--ema {cfg.ema}: the decay of an average; expected 0 <= ema < 1")
+    if not cfg.ema and cfg.ema_every != type(cfg).ema_every:
+        raise ValueError(f"--ema-every {cfg.ema_every} --ema 0: there is no average to update; "
+                         "expected --ema above 0")
+    for name in ("keep", "eval_every"):
+        every = getattr(cfg, name, 0)
+        if every > cfg.iters:
+            raise ValueError(f"--{name.replace('_', '-')} {every} --iters {cfg.iters}: would never "
+                             "happen; expected no more than the iterations")
+    check_shares(cfg.ratio)
     if cfg.amp == "float16" and getattr(cfg, "full", False):
         raise ValueError("--amp float16 --full: scaled losses are for adapters here; expected "
                          "--amp bfloat16 or float32")
+
+
+def check_shares(items):
+    """ValueError if the shares of --ratio are huge. A list of prompts has as many entries."""
+    numbers = [item.partition("=")[2] for item in items]
+    if sum(float(number) for number in numbers if number.isdecimal()) > LARGEST_SHARES:
+        raise ValueError(f"--ratio {' '.join(items)}: expected shares that add up to at most "
+                         f"{LARGEST_SHARES}")
 
 
 def say_dry_run(cfg, net, rank, done):

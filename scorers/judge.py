@@ -3,11 +3,13 @@
     UNIFIEDREWARD_URL=http://127.0.0.1:17140/v1 python train_grpo.py --reward unifiedreward ...
 
 $UNIFIEDREWARD_URL and $QWENVL_URL are the endpoints. $UNIFIEDREWARD_MODEL and $QWENVL_MODEL are the
-names of the models on the server. $OPENAI_API_KEY is the key, if the server needs one.
+names of the models on the server. $OPENAI_API_KEY is the key, if the server needs one. A server on
+another machine needs https, or JUDGE_HTTP=1 if the network between is yours.
 """
 import base64
 import http.client
 import io
+import ipaddress
 import json
 import os
 import re
@@ -74,6 +76,37 @@ class Refused(Exception):
         self.final = 300 <= status < 500 and status not in (408, 429)
 
 
+def is_local(host):
+    """Does this name always mean this machine?"""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_endpoint(endpoint):
+    """The URL to which requests go, split. ValueError, which prints no password, if it will not do.
+    """
+    if set("@?#") & set(endpoint):
+        raise ValueError("judge: got an endpoint with a user name, a password or a query, "
+                         "expected a URL such as http://127.0.0.1:8000/v1, and the key in "
+                         "$OPENAI_API_KEY")
+    base = endpoint.rstrip("/").removesuffix("/chat/completions")
+    try:
+        url = urlsplit(base + "/chat/completions")
+        whole = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:                                  # a port that is no number, ...
+        whole = False
+    if not whole:
+        raise ValueError(f"judge: got endpoint {endpoint!r}, "
+                         "expected a URL such as http://127.0.0.1:8000/v1")
+    plain = url.scheme == "http" and not is_local(url.hostname)
+    if plain and os.environ.get("JUDGE_HTTP") != "1":
+        raise ValueError(f"judge: got endpoint {endpoint!r}, expected https, because images and "
+                         "the key would cross the network in clear; JUDGE_HTTP=1 allows it")
+    return url
+
+
 class VLMJudge:
     """A score from 1 to 5 for each image.
 
@@ -92,11 +125,7 @@ class VLMJudge:
 
     def __init__(self, endpoint, model, question, answer, size=None, workers=16, timeout=120,
                  tries=5, pause=1.0, max_tokens=2048):
-        base = endpoint.rstrip("/").removesuffix("/chat/completions")
-        self.url = urlsplit(base + "/chat/completions")
-        if self.url.scheme not in ("http", "https") or not self.url.hostname:
-            raise ValueError(f"judge: got endpoint {endpoint!r}, "
-                             "expected a URL such as http://127.0.0.1:8000/v1")
+        self.url = read_endpoint(endpoint)
         self.endpoint = endpoint
         self.model = model
         self.question = question
@@ -113,6 +142,7 @@ class VLMJudge:
         if not re.fullmatch(r"[!-~]*", key):
             raise ValueError("judge: got white space or other than ASCII inside $OPENAI_API_KEY, "
                              "expected one word; set it anew")
+        self.key = key
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
         self.net = nn.Module()                          # nothing to move
@@ -148,6 +178,9 @@ class VLMJudge:
                 cause = error
             if final or tried == self.tries or stop.wait(self.pause * 2 ** (tried - 1)):
                 break
+        if self.key:                                    # some servers repeat the key
+            why = why.replace(self.key, "$OPENAI_API_KEY")
+            cause = None
         raise ValueError(f"judge {self.model}: got {' '.join(why.split())[:300]} from "
                          f"{self.endpoint} (try {tried} of {self.tries}), expected a score from 1 "
                          "to 5; check that the server is up, serves this model, and accepts "

@@ -176,7 +176,7 @@ def test_sharded_run_resumes_bit_exactly(here):
 def test_resume_of_the_base_is_bit_exact(here, monkeypatch):
     options = dict(pool=256, vae_steps=2, steps=4, save_every=2, batch=8, width=64, depth=2,
                    device="cpu")
-    tiny_base.main(tiny_base.Config(**options, run="whole", out="whole.safetensors"))
+    tiny_base.main(tiny_base.Config(**options, folder="whole", out="whole.safetensors"))
     calls = []
     real = tiny_base.write_model
 
@@ -188,8 +188,8 @@ def test_resume_of_the_base_is_bit_exact(here, monkeypatch):
 
     monkeypatch.setattr(tiny_base, "write_model", stopped)
     with pytest.raises(KeyboardInterrupt):
-        tiny_base.main(tiny_base.Config(**options, run="cut", out="cut.safetensors"))
-    tiny_base.main(tiny_base.Config(**options, run="cut", out="cut.safetensors"))
+        tiny_base.main(tiny_base.Config(**options, folder="cut", out="cut.safetensors"))
+    tiny_base.main(tiny_base.Config(**options, folder="cut", out="cut.safetensors"))
     cut = load_file("cut.safetensors")
     whole = load_file("whole.safetensors")
     assert cut.keys() == whole.keys()

@@ -21,7 +21,7 @@ from tqdm import trange
 from model import PREFIX, MMDiT, MMDiTConfig
 from plumbing import cli, dist
 from plumbing.files import write_tensors
-from plumbing.folder import prepare
+from plumbing.folder import check_places, prepare
 from plumbing.log import Log
 from plumbing.state import resume, write_state
 from plumbing.stop import Stop
@@ -32,6 +32,8 @@ from worlds.tiny_pictures import FONT, RGB, SHAPE_ROWS, SIDE, corrupt, faithful,
 from worlds.tiny_prompts import LENGTH, TASKS, VOCAB, draw_prompt
 from worlds.vae import VAE
 
+HEAD = 32                # width of an attention head
+
 
 @dataclass
 class Config:
@@ -39,7 +41,7 @@ class Config:
     # The model file to write.
     out: str = "ckpt/tiny.safetensors"
     # Where the resumable state and the log live.
-    run: str = "runs/tiny"
+    folder: str = "runs/tiny"
     # Steps between resumable states.
     save_every: int = 500
     # Only write a grid of training pictures to this PNG.
@@ -209,7 +211,7 @@ class Base(torch.nn.Module):
         super().__init__()
         self.text = TinyText(VOCAB, LENGTH, 64)
         self.mmdit = MMDiT(MMDiTConfig(
-            depth=cfg.depth, width=cfg.width, head_dim=32, channels=4, patch=2, pos_max=8,
+            depth=cfg.depth, width=cfg.width, head_dim=HEAD, channels=4, patch=2, pos_max=8,
             context_dim=64, pooled_dim=64, dual=cfg.depth // 2)).init_weights()
 
     def forward(self, x0, prompts, t, eps):
@@ -251,7 +253,7 @@ def write_model(base, vae, path):
 def run_settings(cfg, world_size):
     """What a resumed run must share with the stopped one."""
     settings = asdict(cfg)
-    for name in ("out", "run", "show"):
+    for name in ("out", "folder", "show"):
         del settings[name]
     settings["world_size"] = world_size
     settings["world"] = str((SHAPE_ROWS, RGB, FONT, VOCAB))
@@ -259,20 +261,30 @@ def run_settings(cfg, world_size):
 
 
 def check(cfg, world_size):
+    """ValueError for all that can be known to be wrong before any time is spent."""
+    cli.positive(cfg, "save_every", "width", "depth", "pool", "vae_steps", "steps", "batch", "lr")
+    if cfg.dropout >= 1:
+        raise ValueError(f"--dropout {cfg.dropout}: a part of the captions; expected "
+                         "0 <= dropout < 1")
+    if cfg.width % HEAD:
+        raise ValueError(f"--width {cfg.width}: expected a multiple of {HEAD}, the width of a head")
+    if cfg.show and Path(cfg.show).suffix != ".png":
+        raise ValueError(f"--show {cfg.show}: expected a name that ends in .png")
+    check_places(cfg.folder, cfg.show or cfg.out)
     if cfg.batch % world_size or cfg.pool % (256 * world_size):
         raise ValueError(f"--batch {cfg.batch} and --pool {cfg.pool}: expected multiples of "
                          f"{world_size} and {256 * world_size} with {world_size} ranks")
 
 
 def main(cfg):
+    rank, world_size, device = dist.setup(cfg.device, cfg.seed)
+    check(cfg, world_size)
     if cfg.show:
         show_pictures(cfg)
         return
-    rank, world_size, device = dist.setup(cfg.device, cfg.seed)
-    check(cfg, world_size)
-    path = Path(cfg.run) / "state.pt"
+    path = Path(cfg.folder) / "state.pt"
     settings = run_settings(cfg, world_size)
-    prepare(Path(cfg.run), cfg.out, rank)
+    prepare(Path(cfg.folder), cfg.out, rank)
     # VAE and base fit only the pictures that they saw. So seed, pool, sizes and the world itself
     # must be those of the stopped run. steps, batch and lr may change: the shipped base took 6000
     # steps of 64 pictures, then 2500 of 128 (make base).
@@ -291,7 +303,7 @@ def main(cfg):
         opt.load_state_dict(state["opt"])
     first = state.get("iter", 0)
     ddp = dist.distribute(base, full=False)
-    log = Log(cfg.run, rank, asdict(cfg), first)
+    log = Log(cfg.folder, rank, asdict(cfg), first)
     losses = []
     start = time.time()
     stop = Stop()
