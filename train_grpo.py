@@ -16,7 +16,6 @@ become more likely.
 
 Papers: Flow-GRPO arXiv 2505.05470, GRPO arXiv 2402.03300, PPO arXiv 1707.06347.
 """
-import copy
 import time
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -27,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import scorers
-from checkpoints.cold_start import cold_start, cold_start_whole
+from checkpoints.cold_start import make_learner
 from checkpoints.formats import save_trained
 from plumbing import cli, dist
 from plumbing.average import Average
@@ -211,25 +210,6 @@ def check(cfg, world, world_size):
     check_watch(cfg, world, cfg.tasks)
 
 
-def make_policy(cfg, base):
-    """The net that learns, the name of its adapter (None: the whole net learns), its r and alpha.
-    """
-    net = copy.deepcopy(base).float().requires_grad_(True) if cfg.full else base
-    torch.manual_seed(cfg.seed)
-    adapter, r, alpha = None, None, None
-    if cfg.full:
-        cold_start_whole(cfg.init, net, base, [])
-    else:
-        adapter = "policy"
-        start = cold_start(cfg.init, base, [], cfg.lora_r, cfg.lora_alpha)
-        r, alpha = start["r"], start["alpha"]
-        net.add_adapter(adapter, r, alpha, start["tensors"], trainable=True)
-    net.checkpointing = cfg.checkpointing
-    if cfg.compile:
-        dist.compile_blocks(net)
-    return net, adapter, r, alpha
-
-
 def summary(minibatches, task, reward, signal, judge, cfg):
     """What the log says of an iteration. task, reward, signal: (B,), of all ranks."""
     row = {}
@@ -265,7 +245,7 @@ def main(cfg):
         scorers.offload()
 
     # The policy is an adapter on the frozen base or a whole transformer; the base is the reference.
-    net, adapter, r, alpha = make_policy(cfg, model.mmdit)
+    net, adapter, r, alpha = make_learner(cfg, model.mmdit, "policy")
     policy = Policy(dist.distribute(net, cfg.full, cfg.amp), adapter, cfg.guidance)
     reference = Policy(model.mmdit, None, cfg.guidance)
     sampler = Sampler(schedule(cfg.steps).to(device), cfg.rollout, cfg.a, noisy_steps(cfg, 0))

@@ -37,7 +37,6 @@ Papers: Flow-OPD arXiv 2605.08063; sampled: Thinking Machines 2025; closed form:
 2605.15055; one state, velocity: DanceOPD arXiv 2606.27377; both branches: PDM arXiv 2607.24731;
 folding, extrapolation: GFD-OPD arXiv 2609.39692.
 """
-import copy
 import time
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -47,7 +46,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoints.cold_start import cold_start, cold_start_whole, read_weights
+from checkpoints.cold_start import make_learner, read_weights
 from checkpoints.formats import save_trained, split_label
 from checkpoints.teachers import attach, find_anchor, read_teachers
 from model import Route
@@ -325,7 +324,8 @@ def choose(cfg, it, mine):
     """The supervised steps (B, S), in order: the whole window, or with --one S = 1."""
     first, end = cfg.supervised
     if cfg.window:
-        first, end = noisy_steps(cfg, it)[0], noisy_steps(cfg, it)[-1] + 1
+        window = noisy_steps(cfg, it)
+        first, end = window.start, window.stop
     if not cfg.one:
         return torch.arange(first, end).expand(len(mine), -1)
     steps = []
@@ -490,29 +490,6 @@ def check_combination(cfg):
                          "noise, so no KL")
 
 
-def make_student(cfg, base, loaded):
-    """The net that learns, the name of its adapter (None: the whole net learns), its r and alpha.
-
-    loaded: {task: teacher}, for a cold start that is made of them.
-    """
-    teachers = list(loaded.values())
-    weights = read_weights(cfg.merge, list(loaded))
-    net = copy.deepcopy(base).float().requires_grad_(True) if cfg.full else base
-    torch.manual_seed(cfg.seed)
-    adapter, r, alpha = None, None, None
-    if cfg.full:
-        cold_start_whole(cfg.init, net, base, teachers, weights)
-    else:
-        adapter = "student"
-        start = cold_start(cfg.init, base, teachers, cfg.lora_r, cfg.lora_alpha, weights)
-        r, alpha = start["r"], start["alpha"]
-        net.add_adapter(adapter, r, alpha, start["tensors"], trainable=True)
-    net.checkpointing = cfg.checkpointing
-    if cfg.compile:
-        dist.compile_blocks(net)
-    return net, adapter, r, alpha
-
-
 def scored(cfg):
     """Does a run score its images? By default stage 2 does not."""
     return cfg.objective == "mixed" or cfg.drop_equal
@@ -589,7 +566,8 @@ def main(cfg):
 
     # Teachers and anchor: adapters on one frozen base, or whole transformers beside it. The
     # student: one more adapter, or a whole transformer of its own.
-    net, adapter, r, alpha = make_student(cfg, model.mmdit, loaded)
+    net, adapter, r, alpha = make_learner(cfg, model.mmdit, "student", list(loaded.values()),
+                                          read_weights(cfg.merge, tasks))
     taught_by = attach(loaded, model.mmdit)
     student = Policy(dist.distribute(net, cfg.full, cfg.amp), adapter,
                      guidance=1.0 if cfg.match == "fold" else cfg.guidance,

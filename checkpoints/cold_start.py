@@ -12,9 +12,12 @@
 A merge may weigh its teachers. Weights are positive numbers in the teachers' order, and only their
 ratios count. None: equal weights.
 """
+import copy
+
 import torch
 
 from checkpoints.formats import check_same, merged_weights, read
+from plumbing import dist
 from worlds.prompts import read_numbers
 
 # ------------------------------------------------------------------ adapters
@@ -178,3 +181,28 @@ def cold_start_whole(init, net, base, teachers, weights=None):
     start, weights = sources(init, base, teachers, weights)
     if start:
         average_weights(net, base, start, weights)
+
+
+# ------------------------------------------------------------------ what learns
+
+
+def make_learner(cfg, base, name, teachers=(), weights=None):
+    """The net that learns, the name of its adapter (None: the whole net learns), its r and alpha.
+
+    cfg: the options of a training script. name: for the adapter. teachers: their checkpoints, for
+    a cold start that is made of them; weights: as in sources.
+    """
+    net = copy.deepcopy(base).float().requires_grad_(True) if cfg.full else base
+    torch.manual_seed(cfg.seed)
+    adapter, r, alpha = None, None, None
+    if cfg.full:
+        cold_start_whole(cfg.init, net, base, teachers, weights)
+    else:
+        adapter = name
+        start = cold_start(cfg.init, base, teachers, cfg.lora_r, cfg.lora_alpha, weights)
+        r, alpha = start["r"], start["alpha"]
+        net.add_adapter(adapter, r, alpha, start["tensors"], trainable=True)
+    net.checkpointing = cfg.checkpointing
+    if cfg.compile:
+        dist.compile_blocks(net)
+    return net, adapter, r, alpha

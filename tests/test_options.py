@@ -11,6 +11,7 @@ import pytest
 
 import sampler
 import watch
+from checkpoints import cold_start
 from plumbing import cli
 
 ROOT = Path(__file__).parent.parent
@@ -34,8 +35,8 @@ def options_read(script):
 def test_every_option_is_read_and_documented(name):
     script = importlib.import_module(name)
     fields = set(script.Config.__dataclass_fields__)
-    # These two take the cfg of a script as it is.
-    read = options_read(script) | options_read(sampler) | options_read(watch)
+    # These three take the cfg of a script as it is.
+    read = set().union(*map(options_read, (script, sampler, watch, cold_start)))
     assert fields <= read, "an option that nobody reads"
     docs = cli.field_docs(script.Config)
     assert set(docs) == fields

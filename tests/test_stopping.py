@@ -2,23 +2,7 @@
 import signal
 
 import pytest
-from tiny_runs import distance, grpo, log, opd, tensors
-
-import sampler
-
-
-def signal_at_rollout(monkeypatch, n):
-    """Send SIGTERM to this process in rollout n of a run."""
-    calls = []
-    real = sampler.Sampler.rollout
-
-    def rollout(self, *args, **options):
-        calls.append(1)
-        if len(calls) == n:
-            signal.raise_signal(signal.SIGTERM)
-        return real(self, *args, **options)
-
-    monkeypatch.setattr(sampler.Sampler, "rollout", rollout)
+from tiny_runs import distance, grpo, log, opd, stop_at_rollout, tensors
 
 
 @pytest.mark.parametrize("stage", ["grpo", "opd"])
@@ -31,7 +15,7 @@ def test_a_stopped_run_saves_and_goes_on_bit_exactly(here, teachers, monkeypatch
     else:
         options.update(teachers=teachers)
     run(**options, name="whole")
-    signal_at_rollout(monkeypatch, 2)
+    stop_at_rollout(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit) as ended:
         run(**options, name="cut")
     assert ended.value.code == 143

@@ -86,15 +86,20 @@ def distance(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def stop_at_rollout(monkeypatch, n):
-    """Let rollout n of a run raise KeyboardInterrupt. Returns the list of all rollouts' marks."""
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def stop_at_rollout(monkeypatch, n, act=interrupt):
+    """Call act, which raises KeyboardInterrupt, at rollout n of a run. Returns all rollouts' marks.
+    """
     calls = []
     real = sampler.Sampler.rollout
 
     def rollout(self, *args, **options):
         calls.append(1)
         if len(calls) == n:
-            raise KeyboardInterrupt
+            act()
         return real(self, *args, **options)
 
     monkeypatch.setattr(sampler.Sampler, "rollout", rollout)
