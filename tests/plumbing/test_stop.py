@@ -26,8 +26,8 @@ from plumbing.stop import Stop
 
 @dataclass
 class Config:
-    # Rank that sends SIGTERM to itself.
-    suicide: int = -1
+    # Rank that sends SIGTERM to itself: none of those there are.
+    suicide: int = 9
     # Seconds of loading.
     load: float = 0.0
 
@@ -67,18 +67,21 @@ def start(here, *argv, launch=()):
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def wait_for(path):
+def wait_for(path, process):
     for _ in range(600):
         if Path(path).exists():
             return
+        if process.poll() is not None:
+            break
         time.sleep(0.1)
-    pytest.fail(f"no {path}")
+    process.kill()
+    pytest.fail(f"no {path}: {process.communicate()}")
 
 
 @pytest.mark.parametrize("signum", SIGNALS, ids=lambda signum: signum.name)
 def test_a_signal_ends_a_run_after_its_iteration_with_one_line_and_its_code(here, signum):
     process = start(here)
-    wait_for("at0")
+    wait_for("at0", process)
     process.send_signal(signum)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signum
@@ -108,7 +111,7 @@ def test_torchrun_passes_a_signal_on_and_waits_until_the_ranks_have_saved(here):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     process = start(here, launch=launch)
-    wait_for("at0")
+    wait_for("at0", process)
     process.terminate()
     _, err = process.communicate(timeout=120)
     assert Path("saved0").read_text() == Path("saved1").read_text()
