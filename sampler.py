@@ -26,7 +26,8 @@ Flow-OPD arXiv 2605.08063.
 """
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -326,15 +327,38 @@ def visited(trajectory, steps, images, sampler):
     return states
 
 
-def with_signal(states, signal, full):
-    """Those of an update's States that have an image with a signal, at least one.
+def regroup(states, images, micro, signal=None, by_step=False):
+    """Those States that are of these images, joined and cut anew: at most micro states a piece.
 
-    signal (B,), of this rank's images. Ranks may get unequal numbers of states, but each needs one,
-    for the all-reduce. full: a sharded net needs as many forward passes on every rank, so all.
+    A piece is one forward pass, in which steps may mix; by_step: they may not. images (b,): places
+    in this rank's batch. signal, for all of these places: states of an image without it are left
+    out, but for one if no other is there: each rank needs a forward pass, for the all-reduce.
     """
-    if full:
-        return states
-    return [s for s in states if signal[s.images].any()] or states[-1:]
+    joined = {}
+    for f in fields(State):
+        values = [getattr(s, f.name) for s in states]
+        joined[f.name] = torch.cat(values) if torch.is_tensor(values[0]) else values[0]
+    rows = torch.isin(joined["images"], images).nonzero()[:, 0]
+    if signal is not None:
+        counted = rows[signal[joined["images"][rows]]]
+        rows = counted if len(counted) else rows[:1]
+    groups = [rows]
+    if by_step:
+        groups = [rows[joined["slot"][rows] == slot] for slot in joined["slot"][rows].unique()]
+    pieces = []
+    for piece in chain(*(group.split(micro) for group in groups)):
+        picked = {name: value[piece] if torch.is_tensor(value) else value
+                  for name, value in joined.items()}
+        pieces.append(State(**picked))
+    return pieces
+
+
+def table(minibatches, name, n_images, n_steps):
+    """What the states say of themselves as name ("kl", ...): (images, steps), nan where nothing."""
+    filled = torch.full((n_images, n_steps), math.nan, device=minibatches[0][0].x.device)
+    for s in chain(*minibatches):
+        filled[s.images, s.slot] = getattr(s, name)
+    return filled
 
 
 def kl(v, v_target, s):

@@ -16,9 +16,9 @@ become more likely.
 
 Papers: Flow-GRPO arXiv 2505.05470, GRPO arXiv 2402.03300, PPO arXiv 1707.06347.
 """
-import time
+import plumbing.help  # noqa: F401 -- first, as it answers --help before torch is imported
+
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -28,11 +28,11 @@ from tqdm import tqdm
 import scorers
 from checkpoints.cold_start import make_learner
 from checkpoints.formats import save_trained
-from plumbing import cli, dist
+from plumbing import cli, dist, memory
 from plumbing.average import Average
 from plumbing.folder import check_places, check_room, prepare, run_folder
 from plumbing.health import Health
-from plumbing.log import Log
+from plumbing.log import Clock, Log
 from plumbing.state import restore, resume, save_state
 from plumbing.stop import Stop
 from rewards import Judge, advantages, check_rewards, choose_rewards
@@ -48,9 +48,10 @@ from sampler import (
     mean_of,
     noisy_steps,
     ratio_summary,
+    regroup,
     schedule,
+    table,
     visited,
-    with_signal,
 )
 from watch import Watch, check_watch
 from worlds import open_world, presets
@@ -163,7 +164,7 @@ class Config:
     save_every: int = 25
     # Compile the blocks of the transformer with torch.compile.
     compile: bool = False
-    # Make all checks of the run, say what it would train, and end.
+    # Make all checks of the run, say what it would train and how much memory it needs, and end.
     dry_run: bool = False
     # Seed of everything.
     seed: int = 0
@@ -210,8 +211,11 @@ def check(cfg, world, world_size):
     check_watch(cfg, world, cfg.tasks)
 
 
-def summary(minibatches, task, reward, signal, judge, cfg):
-    """What the log says of an iteration. task, reward, signal: (B,), of all ranks."""
+def summary(minibatches, kls, task, reward, signal, judge, cfg):
+    """What the log says of an iteration.
+
+    task, reward, signal: (B,), of all ranks; kls (b, S), of this rank.
+    """
     row = {}
     reported = torch.tensor(judge.reported(), device=reward.device)
     reported = dist.gather_batch(reported, cfg.batch, cfg.updates)
@@ -222,7 +226,6 @@ def summary(minibatches, task, reward, signal, judge, cfg):
     row["reward_std"] = reward.std(unbiased=False).item()
     row["zero_std_ratio"] = 1 - signal.float().mean().item()
     row.update(ratio_summary(minibatches, cfg.clip))
-    kls = torch.cat([s.kl for s in chain(*minibatches)])
     row["kl"] = mean_of(dist.gather(kls))
     return row
 
@@ -259,7 +262,7 @@ def main(cfg):
     autocast = dist.autocast(device, cfg.amp)
     scaler = dist.loss_scaler(device, cfg.amp)
     if cfg.dry_run:
-        return cli.say_dry_run(cfg, net, rank, first)
+        return memory.say_dry_run(cfg, model, net, rank, world_size, first)
     prepare(folder, out, rank)
     check_room(folder, out, sum(p.numel() for p in params), rank, cfg.ema > 0,
                results=1 + (cfg.iters // cfg.keep if cfg.keep else 0))
@@ -281,10 +284,11 @@ def main(cfg):
     model.text.prepare(watch.texts + texts, *dist.local())
     dist.barrier()
 
+    clock = Clock(device)
     stop = Stop()
     for it in tqdm(range(first, cfg.iters), initial=first, total=cfg.iters, disable=rank > 0):
-        start = time.time()
         # 1. Prompts. Every rank draws the same list, and takes its own share of the images.
+        clock("prompts")
         prompts = draw(it)                                        # each is drawn G times
         mine = dist.share(cfg.batch, cfg.updates, rank, world_size)
         asked = [prompts[i // cfg.group] for i in mine]
@@ -295,34 +299,36 @@ def main(cfg):
         noise = draw_noise(keys, cfg.steps, model.latent_shape()).to(device)
 
         # 2. Rollout. The policy samples. Finished images are judged while it goes on.
-        minibatches = []                                          # lists of States
+        clock("rollout")
+        states = []                                               # a State has b images at a step
         sampler.noisy = noisy_steps(cfg, it)
-        steps = torch.tensor(sampler.noisy, device=device).expand(len(mine), -1)        # (B, S)
-        for images in torch.arange(len(mine), device=device).chunk(cfg.updates):
-            states = []
-            for part in images.split(cfg.micro):                  # one forward pass each
-                with autocast:
-                    trajectory = sampler.rollout(policy, noise[part], text.rows(part))
-                judge.submit(trajectory.x[:, -1], [asked[i] for i in part])
-                states += visited(trajectory, steps[part], part, sampler)
-            minibatches.append(states)
+        steps = torch.tensor(sampler.noisy, device=device).expand(len(mine), -1)        # (b, S)
+        for part in torch.arange(len(mine), device=device).split(cfg.micro):
+            with autocast:
+                trajectory = sampler.rollout(policy, noise[part], text.rows(part))
+            judge.submit(trajectory.x[:, -1], [asked[i] for i in part])
+            states += visited(trajectory, steps[part], part, sampler)
 
         # 3. Advantages. Is an image better than the others of its prompt? All its steps share that.
+        clock("advantages")
         reward = torch.tensor(judge.totals(), device=device)
         reward = dist.gather_batch(reward, cfg.batch, cfg.updates)          # (B,), of all ranks
         adv, signal = advantages(reward, task, cfg.group, cfg.adv_std)
         my_adv, my_signal = adv[mine], signal[mine]               # (b,), of this rank
         if cfg.offload:
             scorers.offload()
+        minibatches = []          # lists of States; ranks may have unequal numbers of them
+        for images in torch.arange(len(mine), device=device).chunk(cfg.updates):
+            counted = None if cfg.full else my_signal             # a sharded net: all ranks alike
+            minibatches.append(regroup(states, images, cfg.micro, counted))
 
         # 4. Update. Make the steps that led to better images more likely, near the base.
+        clock("update")
         grad_norm = 0.0
         for states in minibatches:
-            # Images without a signal are left out, so ranks have unequal numbers of states.
             n_states = dist.sync_sum(sum(my_signal[s.images].float().sum() for s in states))
             if n_states == 0:
                 continue
-            states = with_signal(states, my_signal, cfg.full)
             for s in states:
                 dist.reduce_now(policy.net, s is states[-1])      # once per update
                 with autocast:
@@ -342,10 +348,11 @@ def main(cfg):
             average.step()
 
         # 5. Log and save.
-        row = summary(minibatches, task, reward, signal, judge, cfg)
-        seconds = time.time() - start
-        log({"iter": it + 1, **row, "grad_norm": grad_norm, "s/it": seconds,
-             "images/s": cfg.batch / seconds, **watch(policy, average, it + 1)}, watch.pictures)
+        clock("summary")
+        kls = table(minibatches, "kl", *steps.shape)
+        row = summary(minibatches, kls, task, reward, signal, judge, cfg)
+        log({"iter": it + 1, **row, "grad_norm": grad_norm, **clock.row(cfg.batch),
+             **watch(policy, average, it + 1)}, watch.pictures)
         health({"iter": it + 1, **row})
         if cfg.keep and (it + 1) % cfg.keep == 0:
             save(folder / f"adapter-{it + 1}.pt")

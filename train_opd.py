@@ -37,7 +37,8 @@ Papers: Flow-OPD arXiv 2605.08063; sampled: Thinking Machines 2025; closed form:
 2605.15055; one state, velocity: DanceOPD arXiv 2606.27377; both branches: PDM arXiv 2607.24731;
 folding, extrapolation: GFD-OPD arXiv 2609.39692.
 """
-import time
+import plumbing.help  # noqa: F401 -- first, as it answers --help before torch is imported
+
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Literal
@@ -50,11 +51,11 @@ from checkpoints.cold_start import make_learner, read_weights
 from checkpoints.formats import save_trained, split_label
 from checkpoints.teachers import attach, find_anchor, read_teachers
 from model import Route
-from plumbing import cli, dist
+from plumbing import cli, dist, memory
 from plumbing.average import Average
 from plumbing.folder import check_places, check_room, prepare, run_folder
 from plumbing.health import Health
-from plumbing.log import Log
+from plumbing.log import Clock, Log
 from plumbing.state import restore, resume, save_state
 from plumbing.stop import Stop
 from rewards import Judge, advantages, check_rewards, choose_rewards
@@ -71,9 +72,10 @@ from sampler import (
     mean_of,
     noisy_steps,
     ratio_summary,
+    regroup,
     schedule,
+    table,
     visited,
-    with_signal,
 )
 from watch import Watch, check_watch
 from worlds import open_world, presets
@@ -205,7 +207,7 @@ class Config:
     save_every: int = 10
     # Compile the blocks of the transformer with torch.compile.
     compile: bool = False
-    # Make all checks of the run, say what it would train, and end.
+    # Make all checks of the run, say what it would train and how much memory it needs, and end.
     dry_run: bool = False
     # Seed of everything.
     seed: int = 0
@@ -336,69 +338,85 @@ def choose(cfg, it, mine):
 
 
 class Teachers:
-    """Where b states should go: v_target, the velocity of each prompt's own teacher (routing).
+    """Where states should go: v_target, the velocity of each prompt's own teacher, and v_anchor.
 
-    Teachers that are adapters share one base and one forward pass. A teacher that is a whole
-    transformer runs on its own images. With cfg.blend the others have a say too, and with
-    cfg.extrapolate the target lies beyond the teacher, away from the base.
+    Which velocities a state needs is a row of a table; each is computed once. Teachers that are
+    adapters share one base and its forward passes. A teacher that is a whole transformer runs on
+    its own states. With cfg.blend the others have a say too, and with cfg.extrapolate the target
+    lies beyond the teacher, away from the base.
     """
 
-    def __init__(self, teachers, base, cfg):
+    def __init__(self, teachers, base, anchor, cfg):
+        """teachers: {task: as read}; anchor: a task, "base" or None."""
         if cfg.blend and len(teachers) == 1:
             raise ValueError(f"--blend {cfg.blend}: there is one teacher, so none to blend it with")
-        self.tasks = list(teachers)
+        self.names = [*teachers, "base"]            # the columns of the table
+        self.anchor = self.names.index(anchor) if anchor else None
         self.cfg = cfg
-        self.base = Policy(base, None, cfg.guidance, both=cfg.match == "branches")
-        self.whole = {}                             # index into tasks -> its Policy
-        self.adapters = []                          # indices into tasks
+        self.both = cfg.match == "branches"
+        self.base = base
+        self.whole = {}                             # column -> network
+        self.adapters = []                          # columns; the base is one without an adapter
         for n, teacher in enumerate(teachers.values()):
             if "net" in teacher:
-                self.whole[n] = Policy(teacher["net"], None, cfg.guidance, both=self.base.both)
+                self.whole[n] = teacher["net"]
             else:
                 self.adapters.append(n)
 
-    def policy(self, task):
-        """One teacher, or the base, as a Policy."""
-        if task == "base":
-            return self.base
-        n = self.tasks.index(task)
-        if n in self.whole:
-            return self.whole[n]
-        return Policy(self.base.net, task, self.cfg.guidance, both=self.base.both)
-
-    def routed(self, x, t, text, task):
-        """The velocity of teacher task[i] at state i. task (b,): index into tasks."""
+    def velocity(self, x, t, text, who):
+        """The velocity of field who[i] at state i: (b, C, H, W). who (b,): columns."""
         parts = []                                  # (rows, the policy of these rows)
-        names = [self.tasks[n] for n in self.adapters]
-        theirs = torch.tensor(self.adapters, dtype=torch.long, device=x.device)
-        rows, index = (task[:, None] == theirs).nonzero(as_tuple=True)
-        parts.append((rows, Policy(self.base.net, Route(names, index), self.cfg.guidance,
-                                   both=self.base.both)))
-        for n, policy in self.whole.items():
-            parts.append(((task == n).nonzero()[:, 0], policy))
+        place = torch.full((len(self.names),), -1, device=x.device)
+        place[self.adapters] = torch.arange(len(self.adapters), device=x.device)
+        shared = torch.ones_like(who, dtype=torch.bool)
+        for n, net in self.whole.items():
+            shared &= who != n
+            parts.append(((who == n).nonzero()[:, 0], net, None))
+        rows = shared.nonzero()[:, 0]
+        route = Route([self.names[n] for n in self.adapters], place[who[rows]])
+        parts.append((rows, self.base, route if self.adapters else None))
         v = None
-        for rows, policy in parts:
+        for rows, net, adapter in parts:
             if len(rows) == 0:
                 continue
+            policy = Policy(net, adapter, self.cfg.guidance, self.both)
             its_v = policy(x[rows], t[rows], text.rows(rows))
             if v is None:
                 v = its_v.new_empty(len(x), *its_v.shape[1:])
             v[rows] = its_v
         return v
 
-    def __call__(self, x, t, text, task):
-        v = self.routed(x, t, text, task)
-        n_tasks = len(self.tasks)
-        blend = self.cfg.blend
-        if blend:                                   # sum_k alpha_k v_k with sum alpha = 1
-            others = sum(self.routed(x, t, text, (task + k) % n_tasks) for k in range(1, n_tasks))
-            v = (1 - blend) * v + blend * others / (n_tasks - 1)
+    def __call__(self, s, text, task):
+        """v_target and v_anchor (or None) of a State of b images. task (b,): column of its own."""
+        states = torch.arange(len(task), device=task.device)
+        n_tasks = len(self.names) - 1
+        needed = torch.zeros(len(task), n_tasks + 1, dtype=torch.bool, device=task.device)
+        needed[states, task] = True
+        if self.cfg.blend:
+            needed[:, :n_tasks] = True
+        if self.cfg.extrapolate != 1:
+            needed[:, -1] = True
+        if self.anchor is not None:
+            needed[:, self.anchor] = True
+        rows, who = needed.nonzero(as_tuple=True)
+        answers = None
+        for part in torch.arange(len(rows), device=task.device).split(self.cfg.micro):
+            i = rows[part]
+            v = self.velocity(s.x[i], s.t[i], text.rows(s.images[i]), who[part])
+            if answers is None:
+                answers = v.new_zeros(len(task), n_tasks + 1, *v.shape[1:])
+            answers[i, who[part]] = v
+
+        v = answers[states, task]
+        if self.cfg.blend:                          # sum_k alpha_k v_k with sum alpha = 1
+            others = (answers[:, :n_tasks].sum(1) - v) / (n_tasks - 1)
+            v = (1 - self.cfg.blend) * v + self.cfg.blend * others
         if self.cfg.extrapolate != 1:
             # p_T and p_base are Gaussians of equal variance. So p_T^e p_base^(1 - e) is one too,
             # up to a factor, and this velocity gives its mean (e: --extrapolate).
-            v_base = self.base(x, t, text)
+            v_base = answers[:, -1]
             v = v_base + self.cfg.extrapolate * (v - v_base)
-        return v
+        return v, None if self.anchor is None else answers[:, self.anchor]
 
 
 # ------------------------------------------------------------------ checks
@@ -504,43 +522,38 @@ def make_judge(cfg, tasks, model, world, device):
     return Judge(rewards, model, world)
 
 
-def judged(judge, minibatches, task, mine, cfg):
-    """Give every state the advantage of its image, by the reward of its task, if there is a judge.
+def judged(judge, task, mine, cfg):
+    """The advantage of each image by the reward of its task, and whether the loss counts it: (b,).
 
-    task (b,): of this rank's images. Returns kept (b,): does the loss count an image? With
-    --drop-equal it does not where all rewards of the prompt are equal.
+    task (b,): of this rank's images. With --drop-equal, an image does not count where all rewards
+    of its prompt are equal. Without a judge, advantages are 0 and all images count.
     """
     if judge is None:
-        return torch.ones_like(task, dtype=torch.bool)
+        return torch.zeros(task.shape, device=task.device), torch.ones_like(task, dtype=torch.bool)
     reward = torch.tensor(judge.totals(), device=task.device)
     reward = dist.gather_batch(reward, cfg.batch, cfg.updates)
     everyone = dist.gather_batch(task, cfg.batch, cfg.updates)
     adv, signal = advantages(reward, everyone, cfg.group, "task")
-    for s in chain(*minibatches):
-        s.adv = adv[mine][s.images]
-    return signal[mine] if cfg.drop_equal else torch.ones_like(signal[mine])
+    return adv[mine], signal[mine] if cfg.drop_equal else torch.ones_like(signal[mine])
 
 
-def summary(minibatches, task, tasks, judge, cfg):
-    """What the log says of an iteration, over all ranks."""
+def summary(minibatches, task, tasks, shape, judge, cfg):
+    """What the log says of an iteration, over all ranks. shape: (b, S), of this rank."""
     row = {}
+    task = dist.gather(task)
     if judge:
         reward = dist.gather(torch.tensor(judge.reported(), device=task.device))
-        everyone = dist.gather(task)
         for n, name in enumerate(tasks):
-            if (everyone == n).any():
-                row[f"reward_{name}"] = reward[everyone == n].mean().item()
-    states = list(chain(*minibatches))
-    kls = dist.gather(torch.cat([s.kl for s in states]))              # nan where none was computed
-    slots = dist.gather(torch.cat([s.slot for s in states]))
-    task = dist.gather(torch.cat([task[s.images] for s in states]))
+            if (task == n).any():
+                row[f"reward_{name}"] = reward[task == n].mean().item()
+    kls = dist.gather(table(minibatches, "kl", *shape))               # nan where none was computed
     row["kl"] = mean_of(kls)
     for n, name in enumerate(tasks):
         if (task == n).any():
             row[f"kl_{name}"] = mean_of(kls[task == n])
-    row["kl_first"] = mean_of(kls[slots == 0])
-    row["kl_last"] = mean_of(kls[slots == slots.max()])
-    row["kl_anchor"] = mean_of(dist.gather(torch.cat([s.kl_anchor for s in states])))
+    row["kl_first"] = mean_of(kls[:, 0])
+    row["kl_last"] = mean_of(kls[:, -1])
+    row["kl_anchor"] = mean_of(dist.gather(table(minibatches, "kl_anchor", *shape)))
     if cfg.objective in SURROGATES:
         row.update(ratio_summary(minibatches, cfg.clip))
     return row
@@ -558,7 +571,7 @@ def main(cfg):
     loaded = read_teachers(cfg.teachers, model.mmdit, world.tasks,
                            side=model.latent_shape()[-1])
     tasks = list(loaded)
-    anchor_task = find_anchor(cfg.anchor, cfg.lam, loaded)
+    anchor = find_anchor(cfg.anchor, cfg.lam, loaded)
     mix = read_mix(cfg.ratio, tasks, world.ratio)
     pattern = [task for task, n in mix.items() for _ in range(n)]
     world.check_prompts(set(pattern))
@@ -572,8 +585,7 @@ def main(cfg):
     student = Policy(dist.distribute(net, cfg.full, cfg.amp), adapter,
                      guidance=1.0 if cfg.match == "fold" else cfg.guidance,
                      both=cfg.match == "branches")
-    teachers = Teachers(loaded, model.mmdit, cfg)
-    anchor = teachers.policy(anchor_task) if anchor_task else None
+    teachers = Teachers(loaded, model.mmdit, anchor, cfg)
     objective = checked(cfg.objective)
     # An ODE rollout has no density. Its states are weighted as the SDE's would be.
     density = "sde" if cfg.rollout == "ode" else cfg.rollout
@@ -588,7 +600,7 @@ def main(cfg):
     autocast = dist.autocast(device, cfg.amp)
     scaler = dist.loss_scaler(device, cfg.amp)
     if cfg.dry_run:
-        return cli.say_dry_run(cfg, net, rank, first)
+        return memory.say_dry_run(cfg, model, net, rank, world_size, first, loaded)
     prepare(folder, out, rank)
     check_room(folder, out, sum(p.numel() for p in params), rank, cfg.ema > 0,
                results=2 + (cfg.iters // cfg.keep if cfg.keep else 0))
@@ -610,10 +622,11 @@ def main(cfg):
     if first == 0:
         save(folder / "init.pt")
 
+    clock = Clock(device)
     stop = Stop()
     for it in tqdm(range(first, cfg.iters), initial=first, total=cfg.iters, disable=rank > 0):
-        start = time.time()
         # 1. Prompts. Every rank draws the same list, and takes its own share of the images.
+        clock("prompts")
         prompts = draw(it)                                        # each is drawn G times
         mine = dist.share(cfg.batch, cfg.updates, rank, world_size)
         asked = [prompts[i // cfg.group] for i in mine]
@@ -623,31 +636,35 @@ def main(cfg):
         noise = draw_noise(keys, cfg.steps, model.latent_shape()).to(device)
 
         # 2. Rollout. The student itself samples: it will learn on the states that it visits.
-        minibatches = []                                          # lists of States
+        clock("rollout")
+        states = []                                               # a State has b images at a step
         sampler.noisy = noisy_steps(cfg, it)
-        steps = choose(cfg, it, mine).to(device)                  # (B, S), supervised
+        steps = choose(cfg, it, mine).to(device)                  # (b, S), supervised
+        for part in torch.arange(len(mine), device=device).split(cfg.micro):
+            with autocast:
+                trajectory = sampler.rollout(student, noise[part], text.rows(part),
+                                             keep_v=cfg.objective == "pg")
+            if judge:
+                judge.submit(trajectory.x[:, -1], [asked[i] for i in part])
+            states += visited(trajectory, steps[part], part, sampler)
+        adv, kept = judged(judge, task, mine, cfg)                # (b,); all are kept by default
+        minibatches = []          # lists of States; ranks may have unequal numbers of them
         for images in torch.arange(len(mine), device=device).chunk(cfg.updates):
-            states = []
-            for part in images.split(cfg.micro):                  # one forward pass each
-                with autocast:
-                    trajectory = sampler.rollout(student, noise[part], text.rows(part),
-                                                 keep_v=cfg.objective == "pg")
-                if judge:
-                    judge.submit(trajectory.x[:, -1], [asked[i] for i in part])
-                states += visited(trajectory, steps[part], part, sampler)
-            minibatches.append(states)
+            counted = None if cfg.full else kept                  # a sharded net: all ranks alike
+            minibatches.append(regroup(states, images, cfg.micro, counted,
+                                       by_step=cfg.objective == "released"))
 
         # 3. Targets. Where would each prompt's own teacher go from these states, and the anchor?
-        with torch.no_grad(), autocast:
-            for s in chain(*minibatches):
-                s.v_target = teachers(s.x, s.t, text.rows(s.images), task[s.images])
-                if anchor:
-                    s.v_anchor = anchor(s.x, s.t, text.rows(s.images))
-        if cfg.objective == "pg":                                 # the others need no advantage
+        clock("targets")
+        for s in chain(*minibatches):
+            with torch.no_grad(), autocast:
+                s.v_target, s.v_anchor = teachers(s, text, task[s.images])
+            s.adv = adv[s.images]                                 # of its image, for mixed
+        if cfg.objective == "pg":
             credit_steps(list(chain(*minibatches)), mine, steps.shape[1], cfg)
-        kept = judged(judge, minibatches, task, mine, cfg)        # (b,), all of them by default
 
         # 4. Update. Pull the student's steps to their teachers', and a little to the anchor's.
+        clock("update")
         grad_norm = 0.0
         for param_group in opt.param_groups:
             param_group["lr"] = cfg.lr * (1 - it / cfg.iters)
@@ -655,13 +672,12 @@ def main(cfg):
             n_states = dist.sync_sum(sum(kept[s.images].float().sum() for s in states))
             if n_states == 0:
                 continue
-            states = with_signal(states, kept, cfg.full)
             for s in states:
                 dist.reduce_now(student.net, s is states[-1])     # once per update
                 with autocast:
                     v = student(s.x, s.t, text.rows(s.images))
                     loss = objective(v, s, cfg)                   # (b,), by default KL to target
-                    if anchor:
+                    if cfg.lam:
                         kl_anchor = kl(v, s.v_anchor, s)
                         loss = loss + cfg.lam * kl_anchor         # MAR, whatever the task
                         s.kl_anchor = kl_anchor.detach()
@@ -674,10 +690,10 @@ def main(cfg):
             average.step()
 
         # 5. Log and save.
-        row = summary(minibatches, task, tasks, judge, cfg)
-        seconds = time.time() - start
-        log({"iter": it + 1, **row, "grad_norm": grad_norm, "s/it": seconds,
-             "images/s": cfg.batch / seconds, **watch(student, average, it + 1)}, watch.pictures)
+        clock("summary")
+        row = summary(minibatches, task, tasks, steps.shape, judge, cfg)
+        log({"iter": it + 1, **row, "grad_norm": grad_norm, **clock.row(cfg.batch),
+             **watch(student, average, it + 1)}, watch.pictures)
         health({"iter": it + 1, **row})
         if cfg.keep and (it + 1) % cfg.keep == 0:
             save(folder / f"student-{it + 1}.pt")

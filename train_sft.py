@@ -12,8 +12,9 @@ Papers: Flow-OPD arXiv 2605.08063 (cold start). The loss is SD3's, arXiv 2403.03
 |v(x_t, t) - (eps - x_0)|^2 with x_t = (1 - t) x_0 + t eps and logit-normal t. As in the released
 Flow-OPD (scripts/train_sd3_sft.py:802-810), the times then go through the schedule's shift of 3.
 """
+import plumbing.help  # noqa: F401 -- first, as it answers --help before torch is imported
+
 import math
-import time
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -23,12 +24,12 @@ from tqdm import tqdm
 
 from checkpoints.formats import save_trained
 from checkpoints.teachers import attach, read_teachers
-from plumbing import cli, dist
+from plumbing import cli, dist, memory
 from plumbing.average import Average
 from plumbing.files import read_pt, write_pt
 from plumbing.folder import check_places, check_room, prepare, run_folder
 from plumbing.health import Health
-from plumbing.log import Log
+from plumbing.log import Clock, Log
 from plumbing.state import restore, resume, save_state
 from plumbing.stop import Stop
 from sampler import Policy, draw_noise, encode, expand, sample, schedule
@@ -112,7 +113,7 @@ class Config:
     save_every: int = 100
     # Compile the blocks of the transformer with torch.compile.
     compile: bool = False
-    # Make all checks of the run, say what it would train, and end.
+    # Make all checks of the run, say what it would train and how much memory it needs, and end.
     dry_run: bool = False
     # Seed of everything.
     seed: int = 0
@@ -228,7 +229,7 @@ def main(cfg):
     autocast = dist.autocast(device, cfg.amp)
     scaler = dist.loss_scaler(device, cfg.amp)
     if cfg.dry_run:
-        return cli.say_dry_run(cfg, net, rank, first)
+        return memory.say_dry_run(cfg, model, net, rank, world_size, first, teachers)
     prepare(folder, out, rank)
     check_room(folder, out, sum(p.numel() for p in params), rank, cfg.ema > 0)
     watch = Watch(cfg, model, world, list(teachers), rank, world_size, device)
@@ -248,10 +249,11 @@ def main(cfg):
     latents = pictures(folder / "samples.pt", settings, rank, draw)
     dist.barrier()
 
+    clock = Clock(device)
     stop = Stop()
     for it in tqdm(range(first, cfg.iters), initial=first, total=cfg.iters, disable=rank > 0):
-        start = time.time()
         # 2. A batch. Every rank draws the same one, and takes its own part of it.
+        clock("batch")
         rng = np.random.default_rng((cfg.seed, 2, it))
         picked = rng.integers(cfg.samples, size=cfg.batch)
         drop = rng.random(cfg.batch) < cfg.drop
@@ -260,6 +262,7 @@ def main(cfg):
         mine = torch.arange(cfg.batch).chunk(world_size)[rank]
 
         # 3. Update. Pull the student's velocity at noised pictures to the true one, eps - x_0.
+        clock("update")
         for param_group in opt.param_groups:
             param_group["lr"] = cfg.lr * (1 - it / cfg.iters)
         losses = []
@@ -279,10 +282,9 @@ def main(cfg):
 
         # 4. Log and save.
         loss = dist.sync_mean(torch.cat(losses).mean()).item()
-        seconds = time.time() - start
         policy = Policy(student, "student", cfg.guidance)
-        log({"iter": it + 1, "loss": loss, "grad_norm": grad_norm, "s/it": seconds,
-             "images/s": cfg.batch / seconds, **watch(policy, average, it + 1)}, watch.pictures)
+        log({"iter": it + 1, "loss": loss, "grad_norm": grad_norm, **clock.row(cfg.batch),
+             **watch(policy, average, it + 1)}, watch.pictures)
         health({"iter": it + 1, "loss": loss})
         stopping = stop.asked()
         if (it + 1) % cfg.save_every == 0 or it + 1 == cfg.iters or stopping:

@@ -5,13 +5,43 @@ decimals). With --track, TensorBoard or Weights & Biases get the same numbers, a
 """
 import importlib
 import json
+import time
 import uuid
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from plumbing.files import file_size, first_line, write_text
 from plumbing.picture import to_bytes
+
+# ------------------------------------------------------------------ seconds
+
+
+class Clock:
+    """The seconds of each phase of an iteration. Name a phase when it begins.
+
+    A GPU works behind the program's back. So the clock waits for it, a few times an iteration.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self.begun = {}                 # phase -> when it began, in order
+
+    def __call__(self, phase):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.begun[phase] = time.perf_counter()
+
+    def row(self, images):
+        """What the log says: "s/PHASE" of all phases since the last row, "s/it", "images/s"."""
+        self("end")
+        names, times = list(self.begun), list(self.begun.values())
+        self.begun = {}
+        row = {f"s/{name}": after - at for name, at, after in zip(names, times, times[1:])}
+        seconds = times[-1] - times[0]
+        return {"s/it": seconds, "images/s": images / seconds, **row}
+
 
 # ------------------------------------------------------------------ trackers
 
@@ -145,7 +175,8 @@ class Log:
         line = json.dumps({key: stored(value) for key, value in row.items()})
         with open(self.path, "a") as file:
             file.write(line + "\n")
-        tqdm.write(" ".join(f"{key} {shown(value)}" for key, value in row.items()))
+        on_screen = [key for key in row if key == "s/it" or not key.startswith("s/")]
+        tqdm.write(" ".join(f"{key} {shown(row[key])}" for key in on_screen))
         if self.track:
             numbers = {key: value for key, value in row.items()
                        if key != "iter" and isinstance(value, (int, float))}

@@ -22,11 +22,13 @@ from sampler import (
     log_prob,
     ode_step,
     ratio_summary,
+    regroup,
     sample,
     schedule,
     sde_sigma,
     sde_step,
     step,
+    table,
     velocity,
     visited,
 )
@@ -466,6 +468,42 @@ def test_visited_states_are_the_steps_of_their_own_trajectories(trajectory, some
             assert torch.equal(s.x_next[i], trajectory.x[i, k + 1])
             assert torch.equal(s.v_old[i], trajectory.v[i, k])
             assert s.logp_old[i] == trajectory.logp[i, k]
+
+
+def test_regrouped_states_are_the_same_ones_in_pieces_of_at_most_micro(some_states):
+    pieces = regroup(some_states, torch.tensor([10, 12, 13]), micro=4)
+    assert [len(s.x) for s in pieces] == [4, 2]
+    found = [(i, slot) for s in pieces for i, slot in zip(s.images.tolist(), s.slot.tolist())]
+    assert sorted(found) == [(i, slot) for i in (10, 12, 13) for slot in (0, 1)]
+    for s in pieces:
+        for row, (i, slot) in enumerate(zip(s.images.tolist(), s.slot.tolist())):
+            was = some_states[slot]
+            for name in ("k", "x", "x_next", "logp_old", "v_old"):
+                assert torch.equal(getattr(s, name)[row], getattr(was, name)[i - 10]), name
+
+
+def test_pieces_by_step_do_not_mix_steps(some_states):
+    pieces = regroup(some_states, torch.arange(10, 14), micro=3, by_step=True)
+    assert [len(s.x) for s in pieces] == [3, 1, 3, 1]
+    assert [s.slot.unique().tolist() for s in pieces] == [[0], [0], [1], [1]]
+
+
+def test_states_without_a_signal_are_left_out_but_for_one_if_all_are(some_states):
+    signal = torch.zeros(20, dtype=torch.bool)
+    signal[11] = True
+    piece, = regroup(some_states, torch.arange(10, 14), 8, signal)
+    assert piece.images.tolist() == [11, 11] and piece.slot.tolist() == [0, 1]
+    piece, = regroup(some_states, torch.tensor([10, 12]), 8, signal)
+    assert piece.images.tolist() == [10], "of its own images"
+
+
+def test_table_has_what_states_say_in_its_place_and_nan_elsewhere(some_states):
+    pieces = regroup(some_states, torch.tensor([11, 13]), 8)
+    for s in pieces:
+        s.kl = 10.0 * s.images + s.slot
+    found = table([pieces], "kl", 14, 2)
+    assert found[[11, 13]].tolist() == [[110, 111], [130, 131]]
+    assert found.isnan().sum() == 2 * 12
 
 
 def test_ratio_is_one_at_the_velocity_of_the_rollout_and_exp_of_the_gap_elsewhere(some_states):

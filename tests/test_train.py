@@ -1,6 +1,7 @@
 """Facts about training: stage 1, stage 2 and SFT, on the shipped base with a few images."""
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -321,7 +322,8 @@ def test_targets_are_the_routed_blended_and_extrapolated_velocities(here, teache
 
     def target(**options):
         cfg = train_opd.Config(guidance=2.0, **options)
-        return train_opd.Teachers(loaded, net, cfg)(x, t, text, task)
+        s = SimpleNamespace(x=x, t=t, images=torch.arange(3))
+        return train_opd.Teachers(loaded, net, None, cfg)(s, text, task)[0]
 
     base = velocity(net, x, t, text, 2.0)
     by_task = torch.stack([velocity(net, x, t, text, 2.0, name) for name in loaded])

@@ -1,5 +1,6 @@
 """Facts about checkpoints/teachers.py: the names of teachers, the anchor, and other sizes."""
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,14 +72,41 @@ def test_states_are_routed_to_a_teacher_of_another_size(here, large):
                   for shape in ((3, 64), (64,), (3, 64), (64,))))
     own = load_mmdit(large)
     cfg = Config(guidance=2.0, extrapolate=1.5)
-    teachers = Teachers(loaded, net, cfg)
+    teachers = Teachers(loaded, net, None, cfg)
     task = torch.tensor([0, 1, 0, 1])                   # ocr, quality, ocr, quality
-    v = teachers.routed(x, t, text, task)
+    v = teachers.velocity(x, t, text, task)
     for rows, policy in (([0, 2], Policy(own, None, 2.0)), ([1, 3], Policy(net, "quality", 2.0))):
         want = policy(x[rows], t[rows], text.rows(torch.tensor(rows)))
         torch.testing.assert_close(v[rows], want, rtol=1e-4, atol=1e-5)
     v_base = Policy(net, None, 2.0)(x, t, text)
-    torch.testing.assert_close(teachers(x, t, text, task), v_base + 1.5 * (v - v_base))
+    target, _ = teachers(SimpleNamespace(x=x, t=t, images=torch.arange(4)), text, task)
+    torch.testing.assert_close(target, v_base + 1.5 * (v - v_base))
+
+
+@pytest.mark.parametrize("anchor, passes", [("quality", 5), ("base", 6), (None, 3)])
+def test_target_and_anchor_are_each_asked_once_a_state(here, anchor, passes):
+    """Where the anchor is the prompt's own teacher, that is one forward pass and not two."""
+    net = worlds.load(BASE).mmdit
+    paths = [make_teacher(here / f"{task}.pt", task) for task in ("ocr", "quality")]
+    loaded = read_teachers(paths, net, ["ocr", "quality"])
+    attach(loaded, net)
+    teachers = Teachers(loaded, net, anchor, Config(micro=4))
+    text = Text(*(torch.randn(3, *shape) for shape in ((3, 64), (64,), (3, 64), (64,))))
+    s = SimpleNamespace(x=torch.randn(3, *worlds.load(BASE).latent_shape()), images=torch.arange(3),
+                        t=torch.tensor([0.9, 0.5, 0.3]))
+    sizes = []
+    net.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    v, v_anchor = teachers(s, text, torch.tensor([0, 1, 0]))
+    assert sum(sizes) == passes and max(sizes) <= 4
+    close = dict(rtol=1e-4, atol=1e-5)
+    by_name = {name: Policy(net, name)(s.x, s.t, text) for name in ("ocr", "quality")}
+    torch.testing.assert_close(v[1], by_name["quality"][1], **close)
+    torch.testing.assert_close(v[[0, 2]], by_name["ocr"][[0, 2]], **close)
+    if anchor == "quality":
+        torch.testing.assert_close(v_anchor, by_name["quality"], **close)
+    if anchor == "base":
+        torch.testing.assert_close(v_anchor, Policy(net)(s.x, s.t, text), **close)
+    assert (v_anchor is None) == (anchor is None)
 
 
 def test_a_teacher_of_another_size_is_the_target_of_guided_folded_and_extrapolated_runs(large):

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from plumbing.log import Log, import_tracker, read_log
+from plumbing import log as logging
+from plumbing.log import Clock, Log, import_tracker, read_log
 
 
 def lines(folder):
@@ -35,6 +36,23 @@ def test_a_row_is_a_line_on_the_disk_and_on_the_screen(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == "iter 1 kl 0.1235 task ocr"
     config = json.loads((tmp_path / "runs" / "new" / "config.json").read_text())
     assert config == {"lr": 0.1, "tasks": ["ocr"]}
+
+
+def test_a_clock_gives_each_phase_its_seconds_and_their_sum(monkeypatch):
+    ticks = iter([0.0, 2.0, 5.0, 20.0, 21.0])
+    monkeypatch.setattr(logging.time, "perf_counter", lambda: next(ticks))
+    clock = Clock(torch.device("cpu"))
+    clock("rollout")
+    clock("update")
+    assert clock.row(10) == {"s/it": 5.0, "images/s": 2.0, "s/rollout": 2.0, "s/update": 3.0}
+    clock("rollout")                # the time between two iterations is left out
+    assert clock.row(10) == {"s/it": 1.0, "images/s": 10.0, "s/rollout": 1.0}
+
+
+def test_phases_are_on_the_disk_and_not_on_the_screen(tmp_path, capsys):
+    Log(tmp_path, 0, {})({"iter": 1, "s/it": 3.0, "s/rollout": 2.0})
+    assert "rollout" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "log.jsonl").read_text())["s/rollout"] == 2.0
 
 
 def test_a_resumed_log_has_no_iteration_twice(tmp_path):
