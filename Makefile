@@ -10,12 +10,12 @@ MODELS = base ckpt/geneval.pt ckpt/ocr.pt ckpt/quality.pt merge=runs/demo/init.p
 DEPS = $(PYTHON) -c "import sys, tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	print(*(p['optional-dependencies'][sys.argv[1]] if sys.argv[1:] else p['dependencies']))"
 
-.PHONY: demo test lint oracles teachers base reproduce doctor
+.PHONY: demo test lint oracles teachers base reproduce doctor speedrun bench
 
 demo: .venv/done                  # stage 2 from the shipped teachers, then the table and the picture
 	rm -rf runs/demo
 	$(RUN) train_opd.py --teachers ckpt/*.pt --name demo
-	$(RUN) eval.py --ckpts $(MODELS) --out runs/demo/eval
+	$(RUN) eval.py --ckpts $(MODELS) --per-task 300 --out runs/demo/eval
 
 test: .venv/done
 	$(BIN)/python -m pytest -q
@@ -35,6 +35,12 @@ doctor: .venv/done               # check the shipped model, teachers and rewards
 
 reproduce: .venv/done             # the paper's findings with several seeds (six hours on two cores)
 	$(BIN)/python -m experiments.reproduce --ranks $(RANKS) $(ARGS)
+
+speedrun: .venv/done              # the fewest passes to 95% of the teachers' gains (docs/speedrun.md)
+	$(BIN)/python -m experiments.speedrun four-steps --ranks $(RANKS) --out runs/speedrun
+
+bench: .venv/oracles              # speed, memory, FLOPs: a table and results/bench-MACHINE.json
+	$(BIN)/python -m experiments.bench
 
 base: .venv/done                  # the tiny VAE and base, from nothing (resumes)
 	$(RUN) -m worlds.tiny_base

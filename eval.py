@@ -15,6 +15,8 @@ Scores: geneval follows the benchmark: first the mean of each tag, then the mean
 scores, each scaled to at most 1. Standard errors are over images. A second table compares the last
 model with every other one, image by image.
 """
+import plumbing.help  # noqa: F401 -- first, as it answers --help before torch is imported
+
 import json
 import math
 import time

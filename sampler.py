@@ -210,7 +210,8 @@ def draw_noise(keys, K, shape):
 
 class Trajectory(NamedTuple):
     """B trajectories. States are kept in float32, whatever the network computes in."""
-    x: Tensor                # (B, K + 1, C, H, W); x[:, k] is before step k, x[:, K] the sample
+    x: Tensor                # (B, K + 1, C, H, W); x[:, k] is before step k, x[:, K] the sample;
+                             # nan where the rollout did not go
     logp: Tensor             # (B, K), nats per element; 0 where a step had no noise
     v: Tensor | None         # (B, K, C, H, W), the velocity that step k took, if asked for
 
@@ -234,13 +235,17 @@ class Sampler:
         return step(self.kind, x, v, t, t_next, self.a, self.times[1])
 
     @torch.no_grad()
-    def rollout(self, policy, noise, text, keep_v=False):
-        """Sample B trajectories of the policy. noise (B, K + 1, C, H, W), as draw_noise gives."""
+    def rollout(self, policy, noise, text, keep_v=False, until=None):
+        """Sample B trajectories of the policy. noise (B, K + 1, C, H, W), as draw_noise gives.
+
+        until: take only so many steps, if no later state is needed.
+        """
         x = noise[:, 0].float()
         xs = [x]
         logps = []
         vs = []
-        for k in range(len(self.times) - 1):
+        steps = range(len(self.times) - 1)
+        for k in steps[:until]:
             t = self.times[k].expand(len(x))
             # Guided, also for a policy that gives both branches.
             v = velocity(policy.net, x, t, text, policy.guidance, policy.adapter).float()
@@ -256,6 +261,9 @@ class Sampler:
             logps.append(logp)
             if keep_v:
                 vs.append(v)
+        for _ in steps[len(logps):]:
+            xs.append(torch.full_like(x, math.nan))
+            logps.append(x.new_full((len(x),), math.nan))
         v = torch.stack(vs, 1) if keep_v else None
         return Trajectory(torch.stack(xs, 1), torch.stack(logps, 1), v)
 

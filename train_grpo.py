@@ -128,7 +128,7 @@ class Config:
     lr: float | None = None
     # Optimiser steps per rollout, each on an equal share of the batch.
     updates: int = 1
-    # Images per forward pass, in rollouts and updates. Fewer need less memory.
+    # Images of a rollout, or states of an update, per forward pass. Fewer need less memory.
     micro: int = 96
     # Decay of a moving average of what is trained, which is what is saved (0: none).
     ema: float = 0.0
@@ -253,7 +253,8 @@ def main(cfg):
     reference = Policy(model.mmdit, None, cfg.guidance)
     sampler = Sampler(schedule(cfg.steps).to(device), cfg.rollout, cfg.a, noisy_steps(cfg, 0))
     params = [p for p in net.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=1e-4)
+    opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=1e-4,
+                            fused=device.type == "cuda")
     settings = {**asdict(cfg), "prompts_digest": world.prompts_digest, "world_size": world_size}
     # The rate is constant, so a run may be made longer.
     saved = resume(folder / "state.pt", settings, model.fingerprint, free=["iters"])

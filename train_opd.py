@@ -173,7 +173,7 @@ class Config:
     lr: float | None = None
     # Optimiser steps per rollout, each on an equal share of the batch.
     updates: int = 4
-    # Images per forward pass, in rollouts and updates. Fewer need less memory.
+    # Images of a rollout, or states of an update, per forward pass. Fewer need less memory.
     micro: int = 96
     # Decay of a moving average of what is trained, which is what is saved (0: none).
     ema: float = 0.0
@@ -335,6 +335,17 @@ def choose(cfg, it, mine):
         way = np.random.default_rng((cfg.seed, it, i, 5, 2)).beta(5, 2)
         steps.append([first + min(int(way * (end - first)), end - first - 1)])
     return torch.tensor(steps)
+
+
+def rollout_steps(cfg):
+    """How many steps of a rollout are taken: no more than are read.
+
+    A reward needs the image, a surrogate the sample after the last supervised step, and the other
+    objectives the state before it.
+    """
+    if scored(cfg):
+        return cfg.steps
+    return cfg.supervised[1] if cfg.objective in SURROGATES else cfg.supervised[1] - 1
 
 
 class Teachers:
@@ -591,7 +602,8 @@ def main(cfg):
     density = "sde" if cfg.rollout == "ode" else cfg.rollout
     sampler = Sampler(schedule(cfg.steps).to(device), density, cfg.a, noisy_steps(cfg, 0))
     params = [p for p in net.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0,
+                            fused=device.type == "cuda")
     settings = {**asdict(cfg), "teachers": taught_by, "prompts_digest": world.prompts_digest,
                 "world_size": world_size}
     saved = resume(folder / "state.pt", settings, model.fingerprint)
@@ -640,10 +652,11 @@ def main(cfg):
         states = []                                               # a State has b images at a step
         sampler.noisy = noisy_steps(cfg, it)
         steps = choose(cfg, it, mine).to(device)                  # (b, S), supervised
+        until = rollout_steps(cfg)
         for part in torch.arange(len(mine), device=device).split(cfg.micro):
             with autocast:
                 trajectory = sampler.rollout(student, noise[part], text.rows(part),
-                                             keep_v=cfg.objective == "pg")
+                                             keep_v=cfg.objective == "pg", until=until)
             if judge:
                 judge.submit(trajectory.x[:, -1], [asked[i] for i in part])
             states += visited(trajectory, steps[part], part, sampler)

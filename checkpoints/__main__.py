@@ -11,6 +11,8 @@
     # the exact average of several, in which the first counts twice
     python -m checkpoints geneval.pt ocr.pt --weights 2 1 --to pt --out both.pt
 """
+import plumbing.help  # noqa: F401 -- first, as it answers --help before torch is imported
+
 import copy
 import math
 from dataclasses import dataclass, field

@@ -424,6 +424,7 @@ def read(path, net, task=""):
         return {**unknown, **read_peft(path, net)}
     if Path(path).suffix != ".safetensors":
         adapter = read_adapter(path, net.fingerprint)
+        check_shapes(net.adapter_shapes(adapter["r"]), shapes_of(adapter["tensors"]), path)
         check_task(task, adapter["task"], path)
         return adapter
     with open_tensors(path) as file:

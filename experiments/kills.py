@@ -44,8 +44,8 @@ STAGES = {
 }
 TORCHRUN = ("torch.distributed.run --standalone --max-restarts={restarts} "
             "--nproc_per_node={ranks} -m")
-# In a soak, iterations are longer.
-SOAK = "--batch 32"
+# Iterations that a soak does not reach.
+MANY = 50000
 
 
 @dataclass
@@ -65,23 +65,23 @@ class Config:
     # Iterations of a run.
     iters: int = 6
     # Kills in a trial, at most. A run that ends before its moment has fewer.
-    kills: int = 2
+    kills: int = 4
     # Seconds after which a start counts as hung.
     limit: int = 300
     # Where the runs live. Those of trials that pass are removed.
     folder: str = "runs/kills"
     # JSON lines, one a trial.
     out: str = "results/kills.jsonl"
-    # Instead of trials: one run of about so many minutes, with a rank killed every two minutes.
+    # Instead of trials: one run of so many minutes, in which a rank is killed every two minutes.
     soak: float = 0.0
 
 
 # ------------------------------------------------------------------ processes
 
 
-def start(cfg, stage, ranks, folder, iters, restarts=0, more=""):
+def start(cfg, stage, ranks, folder, iters, restarts=0):
     """Give the command of a stage in folder. Returns the process. What it prints is appended."""
-    command = STAGES[stage].format(iters=iters) + f" {more}"
+    command = STAGES[stage].format(iters=iters)
     if ranks > 1 or cfg.elastic:
         command = f"{TORCHRUN.format(ranks=ranks, restarts=restarts)} {command}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,14 +191,14 @@ def differences(folder, reference, iters):
 # ------------------------------------------------------------------ trials
 
 
-def make_reference(cfg, stage, ranks, iters, more=""):
+def make_reference(cfg, stage, ranks, iters):
     """An undisturbed run. Returns its folder and how many seconds it took."""
     folder = Path(cfg.folder) / f"{stage}-{ranks}-{iters}"
     seconds = folder / "seconds"
     if not seconds.exists():
         shutil.rmtree(folder, ignore_errors=True)
         began = time.time()
-        code = finish(start(cfg, stage, ranks, folder, iters, more=more), None)
+        code = finish(start(cfg, stage, ranks, folder, iters), None)
         if code:
             raise ValueError(f"{folder}/output.txt: the undisturbed run ended with {code}")
         seconds.write_text(str(time.time() - began))
@@ -235,10 +235,12 @@ def trial(cfg, n, stage, ranks, reference, seconds):
     began = time.time()
     hits = []
     process = start(cfg, stage, ranks, folder, cfg.iters, cfg.kills)
-    for _ in range(rng.integers(1, cfg.kills + 1)):
+    for _ in range(cfg.kills):
         hit = strike(cfg, process, ranks, rng, seconds)
-        hits += [hit] if hit else []
-        if process.poll() is not None and not cfg.elastic:
+        if hit is None:
+            break
+        hits.append(hit)
+        if not cfg.elastic:
             process = start(cfg, stage, ranks, folder, cfg.iters)
     code = finish(process, cfg.limit)
     if code is None:
@@ -309,56 +311,73 @@ def measure(process):
     return found
 
 
-def observe(cfg, process, name, rng=None):
-    """Write a row to the output each 20 seconds until a run ends. Returns its exit code.
+def observe(cfg, processes, rng):
+    """Watch {name: run} for the minutes of the soak, and kill a random rank of the first one.
 
-    With rng, kill a random rank every two minutes.
+    A row goes to the output every 20 seconds. A kill comes every two minutes. ValueError if a run
+    ends by itself.
     """
     began = time.time()
+    first = next(iter(processes.values()))
     kills = 0
-    while process.poll() is None:
+    while (seconds := time.time() - began) < 60 * cfg.soak:
         time.sleep(20)
-        seconds = time.time() - began
-        row = {"run": name, "seconds": round(seconds), **measure(process)}
-        ranks = ranks_of(process)
-        if rng and ranks and seconds > 120 * (kills + 1):
-            row["killed"] = int(rng.choice(sorted(ranks)))
-            kill(ranks[row["killed"]])
+        row = {"seconds": round(seconds)}
+        for name, process in processes.items():
+            if process.poll() is not None:
+                raise ValueError(f"{cfg.folder}/{name}/output.txt: the run ended with "
+                                 f"{process.returncode}")
+            row[name] = measure(process)
+        ranks = ranks_of(first)
+        if ranks and seconds > 120 * (kills + 1):
+            row["kill"] = int(rng.choice(sorted(ranks)))
+            kill(ranks[row["kill"]])
             kills += 1
         with open(cfg.out, "a") as file:
             file.write(json.dumps(row) + "\n")
-        if seconds > 120 * cfg.soak + cfg.limit:
-            kill_all(process)
-            return None
-    return process.wait()
+    return kills
+
+
+def iterations_of(folder):
+    """The iterations that a run of stage 1 has logged."""
+    rows = (folder / "runs/run/log.jsonl").read_text().splitlines()
+    return [json.loads(row)["iter"] for row in rows]
 
 
 def soak(cfg):
-    """A run of two ranks in which a rank is killed every two minutes, and an undisturbed one.
+    """Two runs of stage 1 on two ranks, side by side; in one a rank is killed every two minutes.
 
-    The first run is as long as cfg.soak minutes of iterations; the starts after kills come on top.
+    After the minutes of the soak both are asked to stop. Then both go on to the same iteration, and
+    end there. So the two can be compared, and the machine's speed does not matter.
     """
     cfg.elastic = True                                  # torchrun starts them
-    stage = cfg.stages[0]
-    home = Path(cfg.folder)
-    make_reference(cfg, stage, 2, 20, SOAK)             # tells how long an iteration takes
-    rows = (home / f"{stage}-2-20/runs/run/log.jsonl").read_text().splitlines()
-    pace = statistics.median(json.loads(row)["s/it"] for row in rows)
-    iters = round(60 * cfg.soak / pace)
-    runs = {"undisturbed": None, "killed": np.random.default_rng(cfg.seed)}
-    for name, rng in runs.items():
-        shutil.rmtree(home / name, ignore_errors=True)
-        process = start(cfg, stage, 2, home / name, iters, restarts=1000, more=SOAK)
-        code = observe(cfg, process, name, rng)
-        if code != 0:
-            raise ValueError(f"{home / name}/output.txt: the run ended with {code}")
-    wrong = differences(home / "killed", home / "undisturbed", iters)
-    print(f"{iters} iterations; differences: {wrong or 'none'}; memory and open files: {cfg.out}")
+    homes = {name: Path(cfg.folder) / name for name in ("killed", "undisturbed")}
+    processes = {}
+    for name, home in homes.items():
+        shutil.rmtree(home, ignore_errors=True)
+        processes[name] = start(cfg, "grpo", 2, home, MANY, restarts=1000)
+    kills = observe(cfg, processes, np.random.default_rng(cfg.seed))
+    for process in processes.values():
+        process.terminate()
+    codes = [process.wait(cfg.limit) for process in processes.values()]
+    done = {name: len(iterations_of(home)) for name, home in homes.items()}
+    print(f"{kills} kills; stopped with {codes} after iterations {done}", flush=True)
+    end = max(done.values()) + 1
+    wrong = []
+    for name, home in homes.items():
+        code = start(cfg, "grpo", 2, home, end, restarts=1000).wait()
+        wrong += [f"{name} ended with {code}"] if code else []
+    wrong += differences(homes["killed"], homes["undisturbed"], end)
+    print(f"{end} iterations; wrong: {wrong or 'nothing'}; memory and open files: {cfg.out}")
     if wrong:
-        raise ValueError(f"{home}/killed: {'; '.join(wrong)}")
+        raise ValueError(f"{homes['killed']}: {'; '.join(wrong)}")
 
 
 def main(cfg):
+    cli.positive(cfg, "trials", "jobs", "iters", "kills", "limit")
+    for ranks in cfg.ranks:
+        if not ranks:
+            raise ValueError("--ranks 0: expected 1 or more ranks a run")
     for stage in cfg.stages:
         if stage not in STAGES:
             raise ValueError(f"--stages {stage}: expected some of {', '.join(STAGES)}")

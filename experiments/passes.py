@@ -3,8 +3,12 @@
 A backward pass counts as two. Scoring and the VAE are left out. With the defaults:
     GRPO           28 per image: 8 rollout steps; for each of the 5 trained steps, the policy
                    (1 + 2) and the reference (1)
-    distillation   33 per image: 8 rollout steps; for each of the 5 supervised steps, the teacher
-                   (1), the anchor (1) and the student (1 + 2)
+    distillation   29 per image: 4 rollout steps, to the last supervised state; for each of the 5
+                   supervised states, the teacher (1), the anchor (1) and the student (1 + 2)
+Where the anchor is the prompt's own teacher, the script computes one pass for both. They are
+counted as two here.
+
+The runs of reproduce.py are counted as they were made: their rollouts went on to the image.
 """
 import train_grpo
 import train_opd
@@ -25,19 +29,14 @@ def grpo_passes(cfg):
 
 
 def supervised_steps(cfg):
-    """How many states of a trajectory are supervised."""
-    if cfg.one:
-        return 1
-    if cfg.supervised:
-        first, end = cfg.supervised
-    elif cfg.rollout == "ode":
-        return cfg.steps
-    else:
-        first, end = cfg.noisy
-    return end - first
+    """How many states of a trajectory are supervised. It fills in the default of --supervised."""
+    if not cfg.supervised:
+        cfg.supervised = [0, cfg.steps] if cfg.rollout == "ode" else list(cfg.noisy)
+    first, end = cfg.supervised
+    return 1 if cfg.one else end - first
 
 
-def opd_passes(cfg):
+def opd_passes(cfg, whole):
     targets = 1                                         # the prompt's own teacher
     if cfg.blend > 0:
         targets += len(cfg.teachers) - 1
@@ -45,16 +44,21 @@ def opd_passes(cfg):
         targets += 1                                    # the base
     if cfg.lam > 0:
         targets += 1                                    # the anchor
-    per_image = cfg.steps + supervised_steps(cfg) * (targets + 3)
+    states = supervised_steps(cfg)
+    rollout = cfg.steps if whole else train_opd.rollout_steps(cfg)
+    per_image = rollout + states * (targets + 3)
     return cfg.iters * cfg.batch * per_image
 
 
-def passes(command):
-    """The forward passes of a training command, computed from its options."""
+def passes(command, whole=True):
+    """The forward passes of a training command, computed from its options.
+
+    whole: distillation's rollouts go on to the image, as they once did.
+    """
     script, *options = map(str, command)
     if script == "train_sft.py":
         return sft_passes(cli.parse(train_sft.Config, options))
     if script == "train_grpo.py":
         return grpo_passes(cli.parse(train_grpo.Config, options))
     assert script == "train_opd.py", f"unknown script {script}"
-    return opd_passes(cli.parse(train_opd.Config, options))
+    return opd_passes(cli.parse(train_opd.Config, options), whole)

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from experiments.results import (
 )
 from plumbing import cli
 from plumbing.files import write_text
+from plumbing.folder import check_writable
 
 
 @dataclass
@@ -173,6 +175,12 @@ def check(cfg, plan):
     if cfg.ranks not in (1, 2):
         raise ValueError(f"--ranks {cfg.ranks}: expected 1 or 2, "
                          "which divide the batches of the tiny world")
+    for flag, seeds in (("--seeds", cfg.seeds), ("--grpo-seeds", cfg.grpo_seeds)):
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{flag} {' '.join(map(str, seeds))}: expected each seed once")
+    check_writable(Path(cfg.out))
+    if cfg.plot and not find_spec("matplotlib"):
+        raise ValueError("--plot: needs matplotlib; pip install matplotlib")
 
 
 def missing_jobs(cfg, plan):

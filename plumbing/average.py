@@ -2,12 +2,9 @@
 import contextlib
 
 import torch
-from torch.distributed.checkpoint import state_dict as dcp
 
 from plumbing.files import shapes_of
-from plumbing.state import check_tensors, learning, weights
-
-PARTIAL = dcp.StateDictOptions(full_state_dict=True, strict=False)
+from plumbing.state import check_tensors, learning, states, weights
 
 
 class Average:
@@ -28,7 +25,8 @@ class Average:
             check_tensors(shapes_of(learning(net)), saved["average"]["weights"], saved["path"],
                           "average.")
             # The net holds the average for a moment. plumbing.state.restore then sets the weights.
-            dcp.set_model_state_dict(net, saved["average"]["weights"], options=PARTIAL)
+            dcp, _, partial = states()
+            dcp.set_model_state_dict(net, saved["average"]["weights"], options=partial)
         self.params = list(learning(net).values()) if decay else []
         self.means = [p.detach().clone() for p in self.params]
 

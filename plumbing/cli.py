@@ -19,8 +19,6 @@ import time
 import types
 import typing
 
-import torch.distributed as dist
-
 
 def field_docs(cls):
     """Read the source of a dataclass. Returns {field: (its group, the comment above it)}."""
@@ -128,8 +126,11 @@ def run(main, cls, **how):
             raise
         end("" if rank else "stopped by Ctrl-C", 130)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        # Not imported at the top, so that --help waits for no torch.
+        if "torch" in sys.modules:
+            from torch import distributed
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
 
 
 def end(line, code):
@@ -214,14 +215,6 @@ def check_shares(items):
     if sum(float(number) for number in numbers if number.isdecimal()) > LARGEST_SHARES:
         raise ValueError(f"--ratio {' '.join(items)}: expected shares that add up to at most "
                          f"{LARGEST_SHARES}")
-
-
-def say_dry_run(cfg, net, rank, done):
-    """Say what a run would train. All its checks have passed."""
-    learns = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    if rank == 0:
-        print(f"dry run: all checks passed; {learns:,} numbers would learn, in iterations "
-              f"{done + 1} to {cfg.iters}; nothing was written")
 
 
 def check_rollout(cfg, world_size):

@@ -6,9 +6,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from plumbing import missing
 from plumbing.health import not_finite
 
 
@@ -91,8 +91,10 @@ def setup(device="auto", seed=0):
         torch.set_float32_matmul_precision("high")
     if world_size > 1:
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=open_store(rank, world_size), rank=rank,
-                                world_size=world_size, timeout=TIMEOUT)
+        store = open_store(rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                                timeout=TIMEOUT)
+        missing.call_roll(store, rank, world_size)
     torch.manual_seed(seed)
     return rank, world_size, torch.device(device)
 
@@ -117,6 +119,7 @@ def loss_scaler(device, amp):
 def sync_mean(x):
     """Average a tensor over the ranks, in place."""
     if dist.is_initialized():
+        missing.begin("mean")
         dist.all_reduce(x)
         x /= dist.get_world_size()
     return x
@@ -125,6 +128,7 @@ def sync_mean(x):
 def sync_sum(x):
     """Sum a tensor over the ranks, in place."""
     if dist.is_initialized():
+        missing.begin("sum")
         dist.all_reduce(x)
     return x
 
@@ -133,6 +137,7 @@ def gather(x):
     """Concatenate a tensor (the same shape on every rank) over the ranks, in rank order."""
     if not dist.is_initialized():
         return x
+    missing.begin("gather")
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
@@ -157,6 +162,7 @@ def gather_objects(x):
     """[x of rank 0, x of rank 1, ...], for small objects that are not tensors."""
     if not dist.is_initialized():
         return [x]
+    missing.begin("gather of objects")
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, x)
     return found
@@ -165,6 +171,7 @@ def gather_objects(x):
 def barrier():
     """Wait for all ranks."""
     if dist.is_initialized():
+        missing.begin("barrier")
         dist.barrier()
 
 
@@ -190,6 +197,8 @@ def distribute(net, full, amp="bfloat16"):
         return net
     if not full:
         return DDP(net, broadcast_buffers=False)
+    # It takes a second to import, which only this needs.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     device = net.pos_embed.device.type
     half = getattr(torch, amp) if device == "cuda" and amp != "float32" else None
     precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32,
@@ -206,6 +215,7 @@ def reduce_now(net, now):
     Call it before the forward pass. DDP then reduces once per update; its no_sync sets the same
     flag. FSDP keeps no whole gradients, so it reduces in every backward pass. The sum is equal.
     """
+    missing.begin("gradients")
     net.require_backward_grad_sync = now
 
 
@@ -230,6 +240,7 @@ def optimise(opt, scaler, it):
     scaler.step(opt)
     scaler.update()
     opt.zero_grad()
+    missing.updated(it)
     return grad_norm
 
 

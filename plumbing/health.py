@@ -46,7 +46,7 @@ class Health:
         self.silent = self.silent + 1 if none else 0
         if self.silent >= LAST:
             self.warn("signal", row, f"no group had a signal for {LAST} iterations in a row: all "
-                      "images of a prompt get equal rewards, so nothing is learnt. Try other "
+                      "images of a prompt get equal rewards, which teach nothing. Try other "
                       "prompts, more images a group, or another reward")
         kl = row.get("kl", 0.0)
         usual = statistics.median(self.kls) if len(self.kls) == LAST else 0.0

@@ -10,14 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import state_dict as dcp
 
 from plumbing import dist
 from plumbing.files import check_shapes, first_line, read_pt, shapes_of, write_pt
 from plumbing.folder import shown
-
-# Gives whole tensors on the CPU of rank 0, also if the net is sharded.
-WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 # Options that a resumed run may change. They do not change what is computed, only how.
 FREE = {"save_every", "keep", "device", "micro", "compile", "checkpointing", "offload",
@@ -32,6 +28,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 UNREADABLE = set()
 
 
+def states():
+    """torch's functions for the states of nets that may be sharded, and two ways to call them.
+
+    whole gives whole tensors on the CPU of rank 0, also if the net is sharded. partial takes whole
+    tensors, and not for all weights. It takes a second to import them, which eval.py does not need.
+    """
+    from torch.distributed.checkpoint import state_dict as dcp
+    whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    partial = dcp.StateDictOptions(full_state_dict=True, strict=False)
+    return dcp, whole, partial
+
+
 def learning(net):
     """{name: parameter} of all parameters of a net that learn."""
     return {name: p for name, p in net.named_parameters() if p.requires_grad}
@@ -43,7 +51,8 @@ def weights(net):
     Every rank has to call it; rank 0 gets {name: tensor}.
     """
     learns = learning(net)
-    tensors = dcp.get_model_state_dict(net, options=WHOLE)
+    dcp, whole, _ = states()
+    tensors = dcp.get_model_state_dict(net, options=whole)
     return {name: tensor for name, tensor in tensors.items() if name in learns}
 
 
@@ -52,8 +61,9 @@ def save_state(path, net, opt, rank, **fields):
 
     Every rank has to call it; rank 0 writes. resume expects the fields iter, settings and base.
     """
+    dcp, whole, _ = states()
     state = {"weights": weights(net)}
-    state["opt"] = dcp.get_optimizer_state_dict(net, opt, options=WHOLE)
+    state["opt"] = dcp.get_optimizer_state_dict(net, opt, options=whole)
     state.update(fields)
     if rank == 0:
         write_state(path, state)
@@ -143,8 +153,7 @@ def restore(state, net, opt):
             raise ValueError(f"{state['path']}: has no {part}; expected the state of a run")
     check_tensors(want, state["weights"], state["path"])
     check_optimiser(want, state["opt"], state["path"])
-    # Not strict, because a state does not contain the frozen weights.
-    partial = dcp.StateDictOptions(full_state_dict=True, strict=False)
+    dcp, _, partial = states()                          # no state contains the frozen weights
     dcp.set_model_state_dict(net, state["weights"], options=partial)
     full = dcp.StateDictOptions(full_state_dict=True)
     dcp.set_optimizer_state_dict(net, opt, state["opt"], options=full)

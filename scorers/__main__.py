@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from plumbing import cli, dist
 from plumbing.files import file_size, one_line, read_text, write_text
+from plumbing.folder import check_places
 from rewards import parse_reward, score
 from worlds import world_class
 from worlds.prompts import read_file
@@ -198,9 +199,10 @@ def main(cfg):
     world = world_class(cfg.world)()
     pairs = pair(cfg, read_prompts(cfg.prompts, spec, world), cfg.prompts)
     check_beside(cfg, pairs)
+    out = Path(cfg.out or Path(cfg.images) / f"{cfg.name}.jsonl")
+    check_places(out.parent, out)
     _, _, device = dist.setup(cfg.device)
 
-    out = Path(cfg.out or Path(cfg.images) / f"{cfg.name}.jsonl")
     found = read_rows(out)
     rows = {}
     todo = []

@@ -84,9 +84,22 @@ def is_local(host):
         return host == "localhost"
 
 
+def secrets_in(endpoint):
+    """The unusual parts of an endpoint's path. Some servers take a token there."""
+    parts = endpoint.partition("://")[2] or endpoint
+    return set(parts.split("/")[1:]) - {"", "v1", "chat", "completions"}
+
+
+def censored(text, secrets):
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
 def read_endpoint(endpoint):
-    """The URL to which requests go, split. ValueError, which prints no password, if it will not do.
+    """The URL to which requests go, split. ValueError, which prints no secret, if it will not do.
     """
+    shown = censored(endpoint, secrets_in(endpoint))
     if set("@?#") & set(endpoint):
         raise ValueError("judge: got an endpoint with a user name, a password or a query, "
                          "expected a URL such as http://127.0.0.1:8000/v1, and the key in "
@@ -98,11 +111,11 @@ def read_endpoint(endpoint):
     except ValueError:                                  # a port that is no number, ...
         whole = False
     if not whole:
-        raise ValueError(f"judge: got endpoint {endpoint!r}, "
+        raise ValueError(f"judge: got endpoint {shown!r}, "
                          "expected a URL such as http://127.0.0.1:8000/v1")
     plain = url.scheme == "http" and not is_local(url.hostname)
     if plain and os.environ.get("JUDGE_HTTP") != "1":
-        raise ValueError(f"judge: got endpoint {endpoint!r}, expected https, because images and "
+        raise ValueError(f"judge: got endpoint {shown!r}, expected https, because images and "
                          "the key would cross the network in clear; JUDGE_HTTP=1 allows it")
     return url
 
@@ -178,13 +191,14 @@ class VLMJudge:
                 cause = error
             if final or tried == self.tries or stop.wait(self.pause * 2 ** (tried - 1)):
                 break
-        if self.key:                                    # some servers repeat the key
-            why = why.replace(self.key, "$OPENAI_API_KEY")
+        secrets = secrets_in(self.endpoint)
+        if self.key or secrets:                         # some servers repeat them
+            why = censored(why.replace(self.key or "***", "$OPENAI_API_KEY"), secrets)
             cause = None
         raise ValueError(f"judge {self.model}: got {' '.join(why.split())[:300]} from "
-                         f"{self.endpoint} (try {tried} of {self.tries}), expected a score from 1 "
-                         "to 5; check that the server is up, serves this model, and accepts "
-                         "$OPENAI_API_KEY") from cause
+                         f"{censored(self.endpoint, secrets)} (try {tried} of {self.tries}), "
+                         "expected a score from 1 to 5; check that the server is up, serves this "
+                         "model, and accepts $OPENAI_API_KEY") from cause
 
     def body(self, array, prompt):
         """The request, in JSON. array (H, W, 3) uint8."""

@@ -181,8 +181,8 @@ BAD = {
          "dance.pt: is trained on 'dance', expected one of geneval, ocr, quality, to which "
          "prompts can be routed"),
         ("--teachers misshapen.pt --lam 0",
-         "adapter 'student': tensor 'joint_blocks.0.context_block.attn.proj.A' is (1, 4, "
-         "128), expected (1, 5, 128) (29 more do not fit)"),
+         "misshapen.pt: tensor 'joint_blocks.0.context_block.attn.proj.A' is (1, 4, 128), "
+         "expected (1, 5, 128) (29 more do not fit)"),
         ("--teachers nan.pt",
          "nan.pt: 'joint_blocks.0.context_block.attn.qkv.A' is not a tensor of finite "
          "numbers"),
@@ -362,12 +362,13 @@ BAD = {
     "scorers": [
         ("--world mars", "world 'mars': expected one of tiny, sd3"),
         ("--batch 0", "--batch 0: expected a finite number greater than 0"),
-        ("--out folder", "folder: is a folder, expected a file"),
+        ("--out folder", "folder: is a folder, expected the name of a file to write"),
+        ("--out text.txt/x", "text.txt: HERE/text.txt is a file, expected a folder"),
         ("--device abacus", "--device abacus: expected auto, cuda, mps or cpu (choose ..."),
     ],
     "experiments.bench": [
-        ("--parts fly", "--parts fly: expected some of load, step, opd, rewards"),
-        ("--names pickscore", "--names pickscore: is for --parts rewards"),
+        ("--parts fly", "--parts fly: expected some of ..."),
+        ("--widths 3", "--widths 3: expected some of ..."),
         ("--threads -1", "--threads -1: expected a finite number of 0 or more"),
     ],
     "experiments.reproduce": [
@@ -378,12 +379,16 @@ BAD = {
         ("--ranks 3", "--ranks 3: expected 1 or 2, which divide the batches of the tiny world"),
         ("--seeds -1", "--seeds -1: expected a finite number of 0 or more"),
         ("--seeds", "argument --seeds: expected at least one argument"),
+        ("--seeds 0 0", "--seeds 0 0: expected each seed once"),
+        ("--out text.txt", "text.txt: HERE/text.txt is a file, expected a folder"),
     ],
     "experiments.kills": [
         ("--stages fly", "--stages fly: expected some of grpo, opd, sft, base"),
         ("--soak nan", "--soak nan: expected a finite number of 0 or more"),
         ("--trials -1", "--trials -1: expected a finite number of 0 or more"),
         ("--ranks", "argument --ranks: expected at least one argument"),
+        ("--ranks 1 0", "--ranks 0: expected 1 or more ranks a run"),
+        ("--jobs 0", "--jobs 0: expected a finite number greater than 0"),
     ],
 }
 ROWS = [(script, *row) for script, rows in BAD.items() for row in rows]
@@ -480,8 +485,7 @@ SLOW = [(sampler.Sampler, "rollout"), (evaluation, "sample"), (evaluation, "draw
         (train_grpo, "draw_noise"), (train_opd, "draw_noise"), (train_sft, "sample"),
         (tiny_base, "make_vae"), (tiny_base, "pictures"), (convert, "write_peft"),
         (convert, "save_whole"), (convert, "save_adapter"), (score_folder, "score_files"),
-        (bench, "bench_model"), (bench, "bench_rewards"), (reproduce, "run_all"),
-        (kills, "run_trials"), (kills, "soak")]
+        (bench, "measure"), (reproduce, "run_all"), (kills, "run_trials"), (kills, "soak")]
 
 
 @pytest.mark.parametrize("script, options, message", ROWS,
@@ -509,6 +513,12 @@ def test_bad_input_is_one_clear_line_before_any_time_is_spent(bad_folder, monkey
 def test_no_option_of_a_list_may_stand_alone(capsys):
     for options in ("--also", "--ckpts --steps 3"):
         assert refusal("eval.py", options, capsys).endswith("expected at least one argument")
+
+
+def test_a_plot_without_matplotlib_is_refused(here, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "find_spec", lambda name: None)
+    assert refusal("experiments.reproduce", "--plot", capsys) == (
+        "--plot: needs matplotlib; pip install matplotlib")
 
 
 # ------------------------------------------------------------------ the process

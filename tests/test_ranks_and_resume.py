@@ -1,8 +1,14 @@
-"""Facts about ranks and stopped runs: more of either changes nothing."""
+"""Facts about ranks and stopped runs: more of either changes nothing.
+
+The table of ranks in docs/running.md is what this prints:
+
+    PYTHONPATH=. .venv/bin/python tests/test_ranks_and_resume.py
+"""
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -103,6 +109,46 @@ def test_two_ranks_equal_one_rank_with_the_whole_batch(here, teachers, script, a
         compare_adapters(result)
     else:
         compare_weights()
+
+
+def updates_of(path):
+    """{layer: B A} of an adapter: what it adds to the weights of the base, up to its scale."""
+    found = tensors(path)
+    layers = [name.removesuffix(".A") for name in found if name.endswith(".A")]
+    return {layer: found[f"{layer}.B"] @ found[f"{layer}.A"] for layer in layers}
+
+
+def norm(updates):
+    return sum(update.square().sum() for update in updates.values()) ** 0.5
+
+
+def difference(a, b):
+    return {layer: a[layer] - b[layer] for layer in a}
+
+
+def table_of_ranks(iters=10):
+    """Print how far runs of 2 and 4 ranks end from a run of 1, in parts of what training changed.
+
+    AssertionError from a thousandth on.
+    """
+    teachers = [str(ROOT / f"ckpt/{task}.pt") for task in ("geneval", "ocr", "quality")]
+    args = [*SMALL, "--iters", str(iters), "--noisy", "0", "3", "--batch", "16", "--group", "4",
+            "--updates", "2"]
+    for script, more, result in (
+            ("train_grpo.py", ["--tasks", "ocr"], "adapter.pt"),
+            ("train_opd.py", ["--teachers", *teachers], "student.pt")):
+        for ranks in (1, 2, 4):
+            expect_success(torchrun(ranks, script, *args, *more, "--name", f"{script}{ranks}"))
+        one = updates_of(f"runs/{script}1/{result}")
+        change = one                                    # stage 1 starts from B = 0
+        if script == "train_opd.py":
+            change = difference(one, updates_of(f"runs/{script}1/init.pt"))
+        for ranks in (2, 4):
+            apart = difference(updates_of(f"runs/{script}{ranks}/{result}"), one)
+            part = (norm(apart) / norm(change)).item()
+            print(f"{script}, {iters} iterations: {ranks} ranks end {part:.1e} of the change from "
+                  "1 rank", flush=True)
+            assert part < 1e-3
 
 
 def free_port():
@@ -207,3 +253,9 @@ def test_a_longer_run_is_not_passed_off_as_a_shorter_one(here):
     grpo(iters=2, tasks=["ocr"], name="n")
     with pytest.raises(ValueError, match="holds a run of 2 iterations, more than --iters 1"):
         grpo(iters=1, tasks=["ocr"], name="n")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        table_of_ranks()

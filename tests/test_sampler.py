@@ -456,6 +456,15 @@ def some_states(trajectory):
     return visited(trajectory, STEPS, torch.arange(10, 10 + B), make_sampler())
 
 
+def test_a_rollout_that_ends_early_has_the_same_states_so_far_and_nan_after(trajectory, net, text):
+    short = make_sampler().rollout(Policy(net, "a"), noise(), text, keep_v=True, until=2)
+    assert torch.equal(short.x[:, :3], trajectory.x[:, :3])
+    assert torch.equal(short.logp[:, :2], trajectory.logp[:, :2])
+    assert torch.equal(short.v, trajectory.v[:, :2])
+    assert short.x.shape == trajectory.x.shape and short.x[:, 3:].isnan().all()
+    assert short.logp[:, 2:].isnan().all()
+
+
 def test_visited_states_are_the_steps_of_their_own_trajectories(trajectory, some_states):
     times = schedule(K)
     assert len(some_states) == 2

@@ -101,3 +101,25 @@ def test_a_key_that_the_server_repeats_is_not_printed(secrets, monkeypatch):
     with pytest.raises(ValueError, match=r"wrong key \$OPENAI_API_KEY") as error:
         judge(torch.rand(1, 3, 8, 8), ["a cat"])
     assert MARK not in str(error.value) and error.value.__cause__ is None
+
+
+@pytest.mark.parametrize("url", [f"http://judge.example/{MARK}/v1", f"judge.example/{MARK}/v1",
+                                 f"http://localhost:port/v1/{MARK}"])
+def test_a_token_in_the_path_of_an_endpoint_that_is_refused_is_not_printed(monkeypatch, url):
+    monkeypatch.delenv("JUDGE_HTTP", raising=False)
+    with pytest.raises(ValueError, match=r"^judge: got endpoint '.*\*\*\*") as error:
+        VLMJudge(url, "some-model", **UNIFIED_REWARD)
+    assert MARK not in str(error.value)
+
+
+def test_a_token_in_the_path_that_the_server_repeats_is_not_printed(monkeypatch):
+    def post(self, body):
+        raise OSError(f"no such path: /{MARK}/v1")
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(VLMJudge, "post", post)
+    judge = VLMJudge(f"https://judge.example/{MARK}/v1", "some-model", tries=1, **UNIFIED_REWARD)
+    words = r"no such path: /\*\*\*/v1 from https://judge.example/\*\*\*/v1 "
+    with pytest.raises(ValueError, match=words) as error:
+        judge(torch.rand(1, 3, 8, 8), ["a cat"])
+    assert MARK not in str(error.value) and error.value.__cause__ is None

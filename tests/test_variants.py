@@ -92,6 +92,16 @@ def test_a_window_larger_than_the_noisy_steps_is_refused():
         grpo(tasks=["ocr"], window=5)
 
 
+@pytest.mark.parametrize("options, steps", [
+    ({}, 4), ({"objective": "velocity"}, 4), ({"supervised": [0, 3]}, 2),
+    ({"objective": "pg"}, 5), ({"objective": "released"}, 5), ({"objective": "mixed"}, 8),
+    ({"drop_equal": True}, 8)])
+def test_a_rollout_takes_the_steps_that_are_read_and_no_more(options, steps):
+    """The KL needs the last supervised state, a ratio the sample after it, a reward the image."""
+    cfg = train_opd.Config(**{"supervised": [0, 5], **options})
+    assert train_opd.rollout_steps(cfg) == steps
+
+
 # ------------------------------------------------------------------ rewards in stage 2
 
 

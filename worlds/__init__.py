@@ -2,7 +2,7 @@
 import importlib
 from pathlib import Path
 
-from plumbing.files import open_tensors
+from safetensors import SafetensorError, safe_open
 
 # name -> "module.Class". The module is imported only when its world is asked for.
 WORLDS = {"tiny": "worlds.tiny.Tiny", "sd3": "worlds.sd3.SD3"}
@@ -16,8 +16,13 @@ def world_name(path):
     """
     if not Path(path).is_file():
         return "sd3"
-    with open_tensors(path) as file:
-        name = (file.metadata() or {}).get("world", "sd3")
+    try:
+        file = safe_open(path, "numpy")
+    except (OSError, SafetensorError):
+        # It is not imported at the top, because it imports torch (see plumbing/help.py).
+        from plumbing.files import open_tensors
+        file = open_tensors(path)                       # this says what is wrong with the file
+    name = (file.metadata() or {}).get("world", "sd3")
     check_name(name, f"{path}: ")
     return name
 

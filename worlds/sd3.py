@@ -14,6 +14,7 @@ leaves T5 out, and saves 10 GB to load. 256 zero vectors then replace its output
 Sources: SD3 arXiv 2403.03206, Stability-AI/sd3.5; Flow-GRPO arXiv 2505.05470.
 """
 import hashlib
+import math
 import shutil
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from transformers.utils import logging
 
 import scorers
 from model import load_mmdit, part_shapes
-from plumbing.files import first_line, write_tensors
+from plumbing.files import first_line, open_tensors, write_tensors
 from scorers.geneval import COLORS, check_classes
 from worlds import sd3_prompts
 from worlds.paths import find
@@ -113,18 +114,37 @@ class SD3Text:
                              f"{cfg.pooled_dim}")
         self.context_dim = cfg.context_dim
 
+    def shape(self):
+        """Tokens of a prompt, and numbers of a token."""
+        return CLIP_TOKENS + self.tokens, self.context_dim
+
     # The networks
+
+    def variant(self, part):
+        """Which of an encoder's files are read: None, or "fp16" if there are no others."""
+        folder = self.folder / f"text_encoder{part}"
+        whole = ("model.safetensors", "model.safetensors.index.json")
+        return None if any((folder / name).is_file() for name in whole) else "fp16"
+
+    def size(self):
+        """The bytes of the encoders in memory, while prepare() runs. They are not loaded for it."""
+        numbers = 0
+        for part in self.parts:
+            for path in (self.folder / f"text_encoder{part}").glob("*.safetensors"):
+                if (".fp16" in path.name) == (self.variant(part) == "fp16"):
+                    with open_tensors(path, verify=False) as file:
+                        shapes = [file.get_slice(name).get_shape() for name in file.keys()]
+                    numbers += sum(math.prod(shape) for shape in shapes)
+        return numbers * self.dtype.itemsize
 
     def encoder(self, part):
         """Load one text encoder, strictly."""
         cls = T5EncoderModel if part == "_3" else CLIPTextModelWithProjection
         folder = self.folder / f"text_encoder{part}"
-        whole = ("model.safetensors", "model.safetensors.index.json")
-        variant = None if any((folder / name).is_file() for name in whole) else "fp16"
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
         try:
-            net, info = cls.from_pretrained(folder, dtype=self.dtype, variant=variant,
+            net, info = cls.from_pretrained(folder, dtype=self.dtype, variant=self.variant(part),
                                             output_loading_info=True)
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder}: cannot be loaded: {first_line(error)}") from None

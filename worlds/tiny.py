@@ -51,6 +51,14 @@ class TinyText(nn.Module):
         """Check the words of a run's prompts. SD3.5's world encodes the prompts at this point."""
         self.tokens(prompts)
 
+    def shape(self):
+        """Tokens of a prompt, and numbers of a token."""
+        return tuple(self.place.shape)
+
+    def size(self):
+        """Its bytes in memory."""
+        return sum(p.numel() * p.element_size() for p in self.parameters())
+
     def row(self, prompt):
         """The padded ids of one prompt. ValueError if it has unknown words or too many tokens."""
         words = re.findall(r'[a-z]+|[A-Z]|[^\sa-zA-Z]', prompt)
@@ -113,7 +121,7 @@ class Tiny(World):
         try:
             vocab = json.loads(metadata["vocab"])
             resolution = int(metadata["resolution"])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: cannot read its text encoder, for want of {error}") from None
         return Model(mmdit=load_mmdit(path, device, dtype), vae=load_vae(path, device, dtype),
                      text=load_text(path, vocab, device, dtype), resolution=resolution,

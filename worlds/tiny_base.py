@@ -6,6 +6,8 @@
 
 A run that was stopped goes on where it was when the same command is given again.
 """
+import plumbing.help  # noqa: F401 -- first, as it answers --help before torch is imported
+
 import json
 import math
 import time

@@ -2,8 +2,11 @@
 import math
 
 import pytest
+from tiny_runs import log, opd
 
+from plumbing import health as plumbing_health
 from plumbing.health import JUMP, LAST, Health
+from rewards import Judge
 
 
 def rows(n, **values):
@@ -59,3 +62,20 @@ def test_only_rank_0_warns(capsys):
     for row in rows(2 * LAST, zero_std_ratio=1.0):
         health(row)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("options", [{"objective": "mixed"}, {"drop_equal": True}],
+                         ids=["mixed", "drop-equal"])
+def test_stage_2_warns_too_where_it_scores_images_and_no_group_has_a_signal(
+        here, teachers, monkeypatch, capsys, options):
+    monkeypatch.setattr(plumbing_health, "LAST", 2)
+    real = Judge.totals
+    monkeypatch.setattr(Judge, "totals", lambda self: [0.5 for _ in real(self)])
+    opd(teachers=teachers, iters=2, **options)
+    assert [row["zero_std_ratio"] for row in log("opd")] == [1.0, 1.0]
+    assert "warning: iteration 2: no group had a signal for 2 iterations" in capsys.readouterr().err
+
+
+def test_stage_2_without_scores_says_nothing_of_signals(here, teachers):
+    opd(teachers=teachers, iters=1)
+    assert "zero_std_ratio" not in log("opd")[0]
