@@ -15,7 +15,7 @@ DEPS = $(PYTHON) -c "import sys, tomllib; p = tomllib.load(open('pyproject.toml'
 demo: .venv/done                  # stage 2 from the shipped teachers, then the table and the picture
 	rm -rf runs/demo
 	$(RUN) train_opd.py --teachers ckpt/*.pt --name demo
-	$(RUN) eval.py --ckpts $(MODELS) --per-task 300 --out runs/demo/eval
+	$(RUN) eval.py --ckpts $(MODELS) --out runs/demo/eval
 
 test: .venv/done
 	$(BIN)/python -m pytest -q

@@ -534,10 +534,10 @@ def make_judge(cfg, tasks, model, world, device):
 
 
 def judged(judge, task, mine, cfg):
-    """The advantage of each image by the reward of its task, and whether the loss counts it: (b,).
+    """The advantage of each image by the reward of its task, and whether its group has a signal.
 
-    task (b,): of this rank's images. With --drop-equal, an image does not count where all rewards
-    of its prompt are equal. Without a judge, advantages are 0 and all images count.
+    Both are (b,). task (b,): of this rank's images. A group has no signal where all rewards of a
+    prompt are equal. Without a judge, advantages are 0 and all groups have one.
     """
     if judge is None:
         return torch.zeros(task.shape, device=task.device), torch.ones_like(task, dtype=torch.bool)
@@ -545,10 +545,10 @@ def judged(judge, task, mine, cfg):
     reward = dist.gather_batch(reward, cfg.batch, cfg.updates)
     everyone = dist.gather_batch(task, cfg.batch, cfg.updates)
     adv, signal = advantages(reward, everyone, cfg.group, "task")
-    return adv[mine], signal[mine] if cfg.drop_equal else torch.ones_like(signal[mine])
+    return adv[mine], signal[mine]
 
 
-def summary(minibatches, task, tasks, shape, judge, cfg):
+def summary(minibatches, task, tasks, shape, signal, judge, cfg):
     """What the log says of an iteration, over all ranks. shape: (b, S), of this rank."""
     row = {}
     task = dist.gather(task)
@@ -557,6 +557,7 @@ def summary(minibatches, task, tasks, shape, judge, cfg):
         for n, name in enumerate(tasks):
             if (task == n).any():
                 row[f"reward_{name}"] = reward[task == n].mean().item()
+        row["zero_std_ratio"] = 1 - dist.gather(signal.float()).mean().item()
     kls = dist.gather(table(minibatches, "kl", *shape))               # nan where none was computed
     row["kl"] = mean_of(kls)
     for n, name in enumerate(tasks):
@@ -652,15 +653,15 @@ def main(cfg):
         states = []                                               # a State has b images at a step
         sampler.noisy = noisy_steps(cfg, it)
         steps = choose(cfg, it, mine).to(device)                  # (b, S), supervised
-        until = rollout_steps(cfg)
         for part in torch.arange(len(mine), device=device).split(cfg.micro):
             with autocast:
                 trajectory = sampler.rollout(student, noise[part], text.rows(part),
-                                             keep_v=cfg.objective == "pg", until=until)
+                                             cfg.objective == "pg", rollout_steps(cfg))
             if judge:
                 judge.submit(trajectory.x[:, -1], [asked[i] for i in part])
             states += visited(trajectory, steps[part], part, sampler)
-        adv, kept = judged(judge, task, mine, cfg)                # (b,); all are kept by default
+        adv, signal = judged(judge, task, mine, cfg)              # (b,)
+        kept = signal if cfg.drop_equal else torch.ones_like(signal)
         minibatches = []          # lists of States; ranks may have unequal numbers of them
         for images in torch.arange(len(mine), device=device).chunk(cfg.updates):
             counted = None if cfg.full else kept                  # a sharded net: all ranks alike
@@ -704,7 +705,7 @@ def main(cfg):
 
         # 5. Log and save.
         clock("summary")
-        row = summary(minibatches, task, tasks, steps.shape, judge, cfg)
+        row = summary(minibatches, task, tasks, steps.shape, signal, judge, cfg)
         log({"iter": it + 1, **row, "grad_norm": grad_norm, **clock.row(cfg.batch),
              **watch(student, average, it + 1)}, watch.pictures)
         health({"iter": it + 1, **row})

@@ -293,7 +293,7 @@ def cost_runs(cfg, folder):
     shares = [f"{task}=1" for task in (*TASKS, "fourth")]
 
     def options(**other):
-        return our_options(world, cfg, 4, "", anchor="base", mix="batch", **other)
+        return our_options(world, cfg, 3, "", anchor="base", mix="batch", **other)
 
     def of_teachers(n):
         chosen = fourth if n == 4 else dict(teachers=world.teachers[:n])

@@ -35,9 +35,10 @@ def take_turns(calls, turns, device, least=0.2):
 
 def spread(values):
     """[lower quartile, median, upper quartile], to four digits."""
-    if len(values) == 1:
-        return [values[0]] * 3
-    return [float(f"{q:.4g}") for q in statistics.quantiles(values, n=4, method="inclusive")]
+    quartiles = [values[0]] * 3
+    if len(values) > 1:
+        quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    return [float(f"{q:.4g}") for q in quartiles]
 
 
 def ratio(theirs, ours):

@@ -44,3 +44,14 @@ def answer(script, argv):
 
 if hasattr(sys.modules["__main__"], "__file__"):
     answer(sys.modules["__main__"], sys.argv[1:])
+
+
+def quiet(kind, error, traceback):
+    """Ctrl-C while a script imports is one line, as plumbing.cli.run makes it later."""
+    if kind is KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = quiet

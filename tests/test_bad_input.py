@@ -24,7 +24,7 @@ import scorers.__main__ as score_folder
 import train_grpo
 import train_opd
 import train_sft
-from experiments import bench, kills, reproduce
+from experiments import bench, fullsize, kills, reproduce
 from plumbing import cli
 from plumbing.files import write_pt
 from worlds import presets, tiny_base
@@ -43,6 +43,7 @@ SCRIPTS = {
     "scorers": (score_folder, "jpeg_compressibility images prompts.txt",
                 ("name", "images", "prompts")),
     "experiments.bench": (bench, "", ()),
+    "experiments.fullsize": (fullsize, "", ()),
     "experiments.reproduce": (reproduce, "", ()),
     "experiments.kills": (kills, "", ()),
 }
@@ -371,6 +372,16 @@ BAD = {
         ("--widths 3", "--widths 3: expected some of ..."),
         ("--threads -1", "--threads -1: expected a finite number of 0 or more"),
     ],
+    "experiments.fullsize": [
+        ("--parts fly", "--parts fly: expected some of load, step, opd, rewards"),
+        ("--parts rewards load",
+         "--parts rewards load: rewards are measured alone, into a file of their own; expected "
+         "--parts rewards, or parts without it"),
+        ("--names pickscore", "--names pickscore: is for --parts rewards"),
+        ("--size 33", "--size 33: expected a multiple of 16, at most 6144"),
+        ("--threads -1", "--threads -1: expected a finite number of 0 or more"),
+        ("--out folder", "folder: is a folder, expected the name of a file to write"),
+    ],
     "experiments.reproduce": [
         ("--parts fly",
          "--parts fly: expected some of cost, main, seesaw, mar, cold, objectives, states, "
@@ -485,7 +496,8 @@ SLOW = [(sampler.Sampler, "rollout"), (evaluation, "sample"), (evaluation, "draw
         (train_grpo, "draw_noise"), (train_opd, "draw_noise"), (train_sft, "sample"),
         (tiny_base, "make_vae"), (tiny_base, "pictures"), (convert, "write_peft"),
         (convert, "save_whole"), (convert, "save_adapter"), (score_folder, "score_files"),
-        (bench, "measure"), (reproduce, "run_all"), (kills, "run_trials"), (kills, "soak")]
+        (bench, "measure"), (fullsize, "bench_model"), (fullsize, "bench_rewards"),
+        (reproduce, "run_all"), (kills, "run_trials"), (kills, "soak")]
 
 
 @pytest.mark.parametrize("script, options, message", ROWS,

@@ -17,7 +17,8 @@ from plumbing import cli
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["train_grpo", "train_opd", "train_sft", "eval", "worlds.tiny_base",
            "checkpoints.__main__", "scorers.__main__", "experiments.reproduce",
-           "experiments.bench", "experiments.plot_log"]
+           "experiments.bench", "experiments.fullsize", "experiments.released_loop",
+           "experiments.plot_log"]
 
 
 def options_read(script):
@@ -84,7 +85,7 @@ def test_nothing_but_the_declared_packages_is_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     needed = declared(project["dependencies"]) - {"pytest"} | BROUGHT
-    optional = declared(extras["rewards"] + extras["plots"])
+    optional = declared(extras["rewards"] + extras["plots"] + extras["oracles"])
     files = source_files()
     own = {path.parts[0].removesuffix(".py") for path in files} | {"mini_sd3"}    # tests/
     assert len(files) > 30

@@ -286,7 +286,7 @@ def test_policy_gradient_gets_each_supervised_steps_own_numbers(here, teachers, 
 
     monkeypatch.setitem(train_opd.OBJECTIVES, "pg", spy)
     cfg = train_opd.Config(**{**OPD, "iters": 1}, teachers=teachers, objective="pg", credit=credit,
-                           step_reward=step_reward, lam=0.0, supervised=[1, 4])
+                           step_reward=step_reward, lam=0.0, supervised=[1, 4], micro=8)
     train_opd.main(cfg)
     states = [s for _, s in seen]
     assert [len(s.x) for s in states] == [8, 8, 8]
@@ -348,9 +348,9 @@ def test_folded_student_runs_without_guidance_and_its_teachers_with_it(here, tea
         seen.add((guidance, "student" if adapter == "student" else "teacher"))
         return real_velocity(net, x, t, text, guidance, adapter)
 
-    def rollout(self, policy, noise, text, keep_v=False):
+    def rollout(self, policy, noise, text, **how):
         rolled.add((policy.guidance, policy.adapter))
-        return real_rollout(self, policy, noise, text, keep_v)
+        return real_rollout(self, policy, noise, text, **how)
 
     monkeypatch.setattr(sampler, "velocity", spy)
     monkeypatch.setattr(Sampler, "rollout", rollout)

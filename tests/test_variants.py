@@ -80,7 +80,8 @@ def test_with_a_window_only_its_steps_are_trained(stage, monkeypatch):
         return real(trajectory, steps, images, sampler)
 
     monkeypatch.setattr(script, "visited", visited)
-    options = {"tasks": ["ocr"]} if stage is grpo else {"lam": 0.0, "teachers": ["ocr.pt"]}
+    options = {"tasks": ["ocr"]} if stage is grpo else {"lam": 0.0, "teachers": ["ocr.pt"],
+                                                                  "objective": "pg"}
     make_teacher("ocr.pt", "ocr")
     stage(**options, window=2, noisy=[0, 4], iters=6)
     assert all(trained == noisy and len(noisy) == 2 for trained, noisy in seen)

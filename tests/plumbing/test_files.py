@@ -414,3 +414,13 @@ def test_fingerprint_can_be_taken_one_tensor_at_a_time():
     for name in ("a", "b"):
         digest.add(name, tensors[name])
     assert digest.name() == fingerprint(tensors)
+
+
+def test_a_digest_whose_name_is_damaged_is_missed(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"a": torch.ones(3)}, {})
+    whole = path.read_bytes()
+    for name in (b"dioest", b"Digesu"):
+        path.write_bytes(whole.replace(b"digest", name))
+        with pytest.raises(ValueError, match="x.safetensors: "):
+            open_tensors(path)
