@@ -150,5 +150,5 @@ def test_ranks_stop_when_torchrun_itself_is_gone(monkeypatch, torchrun):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     stop = Stop()
     assert not stop.asked()
-    monkeypatch.setattr(stopping.os, "getppid", lambda: 1)
+    monkeypatch.setattr(stopping.os, "getppid", lambda: stop.parent + 1)
     assert stop.asked() == torchrun, "a plain run outlives its shell"
