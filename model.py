@@ -31,23 +31,13 @@ from plumbing.files import (
 # ------------------------------------------------------------------ LoRA
 
 
-@dataclass
-class Route:
-    """Which adapter each sample of a batch goes through.
-
-    index (B,) points into names; -1 is the base without an adapter.
-    """
-    names: list
-    index: torch.Tensor
-
-
 class LoRALinear(nn.Linear):
     """One linear layer that holds n projections of the same input.
 
     n = 3 for q, k and v; n = 1 for an output projection. Several adapters live on one base weight,
     and each has A and B for every projection: W x + scale * B A x, with scale = alpha / r,
     A (n, r, D) and B (n, D, r).
-    `adapter` is None (the base), a name (for all samples) or a Route (each sample has its own).
+    `adapter` is a name, or None: the base.
     """
 
     def __init__(self, width, n):
@@ -59,23 +49,17 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x, adapter=None):
         """x (b, T, D) -> the n projections, (n, b, T, D)."""
+        if adapter is None:
+            return self.split(F.linear(x, self.weight, self.bias))
+        A = self.A[adapter]
+        B = self.B[adapter] * self.scale[adapter]
         if self.merges(x, adapter):
-            A, B = self.factors(adapter)
             W = self.weight + (B @ A).flatten(0, 1)                             # (n * D, D)
             return self.split(F.linear(x, W, self.bias))
         y = self.split(F.linear(x, self.weight, self.bias))
-        if adapter is None:
-            return y
-        A, B = self.factors(adapter)
-        A = A.to(y.dtype).flatten(-3, -2)                                       # (n * r, D)
-        B = B.to(y.dtype).mT                                                    # (n, r, D)
-        if isinstance(adapter, str):
-            h = F.linear(x, A).unflatten(-1, B.shape[:2])                       # (b, T, n, r)
-            h = h.flatten(0, 1).transpose(0, 1)
-            return torch.baddbmm(y.flatten(1, 2), h, B).view(y.shape)
-        h = x.to(y.dtype) @ A[adapter.index].mT                                 # (b, T, n * r)
-        h = h.unflatten(-1, B.shape[1:3]).permute(2, 0, 1, 3)                   # (n, b, T, r)
-        return y + h @ B[adapter.index].transpose(0, 1)
+        h = F.linear(x, A.to(y.dtype).flatten(0, 1))                            # (b, T, n * r)
+        h = h.unflatten(-1, A.shape[:2]).flatten(0, 1).transpose(0, 1)          # (n, b * T, r)
+        return torch.baddbmm(y.flatten(1, 2), h, B.to(y.dtype).mT).view(y.shape)
 
     def merges(self, x, adapter):
         """Is W + B A made first, and then applied? Else W, and A and B, are applied to each token.
@@ -84,25 +68,7 @@ class LoRALinear(nn.Linear):
         passes. Half precision would round a small update of the weight away.
         """
         half = torch.is_autocast_enabled(x.device.type) or self.weight.dtype.itemsize < 4
-        return isinstance(adapter, str) and 8 * self.A[adapter].shape[1] >= x.shape[-1] and not half
-
-    def factors(self, adapter):
-        """A (n, r, D) and scale * B (n, D, r) of a name. Those of a Route are stacked: (k, n, ...).
-
-        Adapters of a smaller rank are then padded with zeros to the largest. The last entry of a
-        stack is all zeros, which is the base: index -1 picks it.
-        """
-        if isinstance(adapter, str):
-            return self.A[adapter], self.B[adapter] * self.scale[adapter]
-        r = max(self.A[name].shape[1] for name in adapter.names)
-        As, Bs = [], []
-        for name in adapter.names:
-            missing = r - self.A[name].shape[1]
-            As.append(F.pad(self.A[name], (0, 0, 0, missing)))
-            Bs.append(F.pad(self.B[name] * self.scale[name], (0, missing)))
-        As.append(torch.zeros_like(As[0]))
-        Bs.append(torch.zeros_like(Bs[0]))
-        return torch.stack(As), torch.stack(Bs)
+        return 8 * self.A[adapter].shape[1] >= x.shape[-1] and not half
 
     def split(self, y):
         """y (b, T, n * D) -> (n, b, T, D)."""
@@ -367,7 +333,7 @@ class MMDiT(nn.Module):
         """Velocity dx/dt at (x, t): (B, C, H, W), in the dtype of x.
 
         x (B, C, H, W) latents; t (B,) in [0, 1], 1 = noise; context (B, L, context_dim);
-        pooled (B, pooled_dim); adapter: None (the base), a name, or a Route.
+        pooled (B, pooled_dim); adapter: a name, or None: the base.
         """
         h = x.shape[-2] // self.cfg.patch
         w = x.shape[-1] // self.cfg.patch

@@ -33,7 +33,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model import Route
 from plumbing import dist
 
 
@@ -76,8 +75,6 @@ def encode(text_encoder, prompts):
 
 def branches(net, x, t, text, adapter=None):
     """The velocity without the prompt and with it, from one forward pass: (B, C, H, W) each."""
-    if isinstance(adapter, Route):
-        adapter = Route(adapter.names, adapter.index.repeat(2))
     context = torch.cat([text.null_context, text.context])
     pooled = torch.cat([text.null_pooled, text.pooled])
     return net(x.repeat(2, 1, 1, 1), t.repeat(2), context, pooled, adapter).chunk(2)
@@ -95,7 +92,7 @@ def velocity(net, x, t, text, guidance=1.0, adapter=None):
 class Policy:
     """A velocity field: a network, the adapter it runs through, and its guidance."""
     net: torch.nn.Module
-    adapter: str | Route | None = None       # None: the network without an adapter
+    adapter: str | None = None               # None: the network without an adapter
     guidance: float = 1.0
     both: bool = False                       # give both branches instead of the guided velocity
 

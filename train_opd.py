@@ -50,7 +50,6 @@ from tqdm import tqdm
 from checkpoints.cold_start import make_learner, read_weights
 from checkpoints.formats import save_trained, split_label
 from checkpoints.teachers import attach, find_anchor, read_teachers
-from model import Route
 from plumbing import cli, dist, memory
 from plumbing.average import Average
 from plumbing.folder import check_places, check_room, prepare, run_folder
@@ -351,56 +350,31 @@ def rollout_steps(cfg):
 class Teachers:
     """Where states should go: v_target, the velocity of each prompt's own teacher, and v_anchor.
 
-    Which velocities a state needs is a row of a table; each is computed once. Teachers that are
-    adapters share one base and its forward passes. A teacher that is a whole transformer runs on
-    its own states. With cfg.blend the others have a say too, and with cfg.extrapolate the target
-    lies beyond the teacher, away from the base.
+    Which fields a state needs is a row of a table. A field is a teacher or the base; it sees its
+    states together, and each state once. Teachers that are adapters share the base's weights. With
+    cfg.blend the other teachers have a say too, and with cfg.extrapolate the target lies beyond the
+    teacher, away from the base.
     """
 
     def __init__(self, teachers, base, anchor, cfg):
         """teachers: {task: as read}; anchor: a task, "base" or None."""
         if cfg.blend and len(teachers) == 1:
             raise ValueError(f"--blend {cfg.blend}: there is one teacher, so none to blend it with")
-        self.names = [*teachers, "base"]            # the columns of the table
-        self.anchor = self.names.index(anchor) if anchor else None
         self.cfg = cfg
         self.both = cfg.match == "branches"
-        self.base = base
-        self.whole = {}                             # column -> network
-        self.adapters = []                          # columns; the base is one without an adapter
-        for n, teacher in enumerate(teachers.values()):
-            if "net" in teacher:
-                self.whole[n] = teacher["net"]
+        self.fields = {}                            # the columns of the table
+        for task, teacher in teachers.items():
+            if "net" in teacher:                    # a whole transformer
+                self.fields[task] = Policy(teacher["net"], None, cfg.guidance, self.both)
             else:
-                self.adapters.append(n)
-
-    def velocity(self, x, t, text, who):
-        """The velocity of field who[i] at state i: (b, C, H, W). who (b,): columns."""
-        parts = []                                  # (rows, the policy of these rows)
-        place = torch.full((len(self.names),), -1, device=x.device)
-        place[self.adapters] = torch.arange(len(self.adapters), device=x.device)
-        shared = torch.ones_like(who, dtype=torch.bool)
-        for n, net in self.whole.items():
-            shared &= who != n
-            parts.append(((who == n).nonzero()[:, 0], net, None))
-        rows = shared.nonzero()[:, 0]
-        route = Route([self.names[n] for n in self.adapters], place[who[rows]])
-        parts.append((rows, self.base, route if self.adapters else None))
-        v = None
-        for rows, net, adapter in parts:
-            if len(rows) == 0:
-                continue
-            policy = Policy(net, adapter, self.cfg.guidance, self.both)
-            its_v = policy(x[rows], t[rows], text.rows(rows))
-            if v is None:
-                v = its_v.new_empty(len(x), *its_v.shape[1:])
-            v[rows] = its_v
-        return v
+                self.fields[task] = Policy(base, task, cfg.guidance, self.both)
+        self.fields["base"] = Policy(base, None, cfg.guidance, self.both)
+        self.anchor = list(self.fields).index(anchor) if anchor else None
 
     def __call__(self, s, text, task):
         """v_target and v_anchor (or None) of a State of b images. task (b,): column of its own."""
         states = torch.arange(len(task), device=task.device)
-        n_tasks = len(self.names) - 1
+        n_tasks = len(self.fields) - 1
         needed = torch.zeros(len(task), n_tasks + 1, dtype=torch.bool, device=task.device)
         needed[states, task] = True
         if self.cfg.blend:
@@ -409,14 +383,13 @@ class Teachers:
             needed[:, -1] = True
         if self.anchor is not None:
             needed[:, self.anchor] = True
-        rows, who = needed.nonzero(as_tuple=True)
-        answers = None
-        for part in torch.arange(len(rows), device=task.device).split(self.cfg.micro):
-            i = rows[part]
-            v = self.velocity(s.x[i], s.t[i], text.rows(s.images[i]), who[part])
-            if answers is None:
-                answers = v.new_zeros(len(task), n_tasks + 1, *v.shape[1:])
-            answers[i, who[part]] = v
+
+        channels = (2 if self.both else 1) * s.x.shape[1]
+        answers = s.x.new_zeros(len(task), n_tasks + 1, channels, *s.x.shape[2:])
+        for column, policy in enumerate(self.fields.values()):
+            for i in needed[:, column].nonzero()[:, 0].split(self.cfg.micro):
+                if len(i) > 0:
+                    answers[i, column] = policy(s.x[i], s.t[i], text.rows(s.images[i]))
 
         v = answers[states, task]
         if self.cfg.blend:                          # sum_k alpha_k v_k with sum alpha = 1

@@ -255,8 +255,7 @@ def compile_blocks(net):
 
     The first step then takes longer, by 20 seconds to some minutes.
     """
-    # There is one graph for each combination of block kind, adapter (none, a name, a Route) and
-    # grad mode.
+    # There is one graph for each combination of block kind, adapter (none or a name) and grad mode.
     torch._dynamo.config.recompile_limit = 64
     for block in net.joint_blocks:
         block.compile()

@@ -11,7 +11,6 @@ from model import (
     LoRALinear,
     MMDiT,
     MMDiTConfig,
-    Route,
     load_mmdit,
     sincos_table,
     timestep_embedding,
@@ -281,10 +280,9 @@ def test_zero_initialised_output_means_v_is_0_and_blocks_are_the_identity():
     assert torch.equal(v, net(x, t, context + 1, pooled))
 
 
-@pytest.mark.parametrize("adapter", [None, Route(["a", "b"], torch.tensor([1, -1, 0]))],
-                         ids=["base", "route"])
+@pytest.mark.parametrize("adapter", [None, "a"])
 def test_sample_i_gradient_ignores_sample_j(adapter):
-    net = with_adapters(random_net(TINY), a=2, b=3)
+    net = with_adapters(random_net(TINY), a=2)
     leaves = [leaf.requires_grad_() for leaf in inputs(TINY, B=3)]
     net(*leaves, adapter)[1].square().sum().backward()
     for leaf in leaves:                                          # x, t, context, pooled
@@ -395,7 +393,6 @@ def test_new_adapter_equals_the_base_and_its_a_has_std_1_over_r():
     net.add_adapter("new", 16, 32, trainable=True)
     base = net(*sample)
     torch.testing.assert_close(net(*sample, "new"), base, rtol=1e-4, atol=1e-5)
-    assert torch.equal(net(*sample, Route(["new"], torch.tensor([0, -1]))), base)
     A = torch.cat([m.A["new"].flatten() for m in net.lora_layers().values()])
     assert A.std().item() * 16 == pytest.approx(1, abs=0.02)
     learning = [name for name, p in net.named_parameters() if p.requires_grad]
@@ -433,41 +430,9 @@ def test_a_weight_is_merged_in_float32_where_the_rank_is_not_small():
     layer = net.joint_blocks[0].x_block.attn.qkv
     x = torch.zeros(1, 1, TINY.width)
     assert layer.merges(x, "a") and not layer.merges(x, "b")
-    assert not layer.merges(x, None) and not layer.merges(x, Route(["a"], torch.tensor([0])))
     with torch.autocast("cpu", torch.bfloat16):
         assert not layer.merges(x, "a")
     assert not layer.bfloat16().merges(x, "a")
-
-
-@pytest.mark.parametrize("names, index", [
-    (["a", "b", "c"], [2, 0, -1, 1, 1, 0]),
-    (["b"], [-1, 0, 0, -1, 0, 0]),
-    (["c", "a"], [0] * 6),
-    (["c", "b"], [-1] * 6),
-])
-def test_route_picks_per_sample_what_the_names_give_one_by_one(names, index):
-    net = with_adapters(random_net(TINY), a=2, b=5, c=1)
-    sample = inputs(TINY, B=6)
-    got = net(*sample, Route(names, torch.tensor(index)))
-    for i, k in enumerate(index):
-        name = None if k < 0 else names[k]
-        alone = net(*(part[i:i + 1] for part in sample), name)
-        torch.testing.assert_close(got[i:i + 1], alone)
-
-
-def test_route_sends_each_samples_gradient_to_its_own_adapter():
-    net = with_adapters(random_net(TINY), a=2, b=3, c=2)
-    adapters = {}
-    for name in "abc":
-        adapters[name] = [m.B[name].requires_grad_() for m in net.lora_layers().values()]
-    route = Route(["a", "b", "c"], torch.tensor([2, 0, -1]))
-    net(*inputs(TINY, B=3), route)[:2].square().sum().backward()
-
-    def total(name):
-        grads = [p.grad for p in adapters[name] if p.grad is not None]
-        return sum(grad.abs().sum().item() for grad in grads)
-
-    assert total("a") > 0 and total("c") > 0 and total("b") == 0
 
 
 def test_adapter_in_float32_works_on_a_base_in_bfloat16():
@@ -475,7 +440,6 @@ def test_adapter_in_float32_works_on_a_base_in_bfloat16():
     net = random_net(TINY, dtype=torch.bfloat16)
     sample = inputs(TINY, dtype=torch.float32)
     net.add_adapter("a", 2, 4)
-    assert torch.equal(net(*sample, Route(["a"], torch.tensor([0, 0]))), net(*sample))
     assert torch.equal(net(*sample, "a"), net(*sample))
 
 

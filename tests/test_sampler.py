@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import MMDiT, MMDiTConfig, Route
+from model import MMDiT, MMDiTConfig
 from sampler import (
     Policy,
     Sampler,
@@ -266,11 +266,7 @@ def test_unknown_step_is_refused():
 # ------------------------------------------------------------------ guidance
 
 
-ROUTE = Route(["a", "b"], torch.tensor([1, -1, 0, 1]))
-ADAPTERS = [None, "a", ROUTE]
-
-
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=["base", "name", "route"])
+@pytest.mark.parametrize("adapter", [None, "a"])
 def test_guidance_is_null_plus_w_times_the_difference_of_two_forwards(net, text, adapter):
     x = noise()[:, 0]
     t = torch.tensor([1, 0.7, 0.4, 0.1])
@@ -297,7 +293,7 @@ def test_guidance_1_takes_one_forward_of_the_batch_and_more_takes_one_of_twice_t
     assert sizes == [B, B, 2 * B]
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=["base", "name", "route"])
+@pytest.mark.parametrize("adapter", [None, "a"])
 def test_a_policy_gives_the_guided_velocity_or_both_branches_in_float32(net, text, adapter):
     def half(*inputs):
         return net(*inputs).bfloat16()
@@ -334,7 +330,7 @@ def test_encode_reads_each_distinct_prompt_once_and_the_empty_one_for_guidance()
 
 
 @pytest.mark.parametrize("kind, guidance, adapter", [
-    ("sde", 1.0, "a"), ("sde", 2.5, ROUTE), ("cps", 1.0, None),
+    ("sde", 1.0, "a"), ("sde", 2.5, "b"), ("cps", 1.0, None),
 ])
 def test_replaying_a_stored_action_scores_the_recorded_logp(net, text, kind, guidance, adapter):
     times = schedule(K)

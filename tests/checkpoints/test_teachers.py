@@ -71,15 +71,14 @@ def test_states_are_routed_to_a_teacher_of_another_size(here, large):
     text = Text(*(torch.randn(4, *shape, generator=g)
                   for shape in ((3, 64), (64,), (3, 64), (64,))))
     own = load_mmdit(large)
-    cfg = Config(guidance=2.0, extrapolate=1.5)
-    teachers = Teachers(loaded, net, None, cfg)
+    s = SimpleNamespace(x=x, t=t, images=torch.arange(4))
     task = torch.tensor([0, 1, 0, 1])                   # ocr, quality, ocr, quality
-    v = teachers.velocity(x, t, text, task)
+    v, _ = Teachers(loaded, net, None, Config(guidance=2.0))(s, text, task)
     for rows, policy in (([0, 2], Policy(own, None, 2.0)), ([1, 3], Policy(net, "quality", 2.0))):
         want = policy(x[rows], t[rows], text.rows(torch.tensor(rows)))
         torch.testing.assert_close(v[rows], want, rtol=1e-4, atol=1e-5)
     v_base = Policy(net, None, 2.0)(x, t, text)
-    target, _ = teachers(SimpleNamespace(x=x, t=t, images=torch.arange(4)), text, task)
+    target, _ = Teachers(loaded, net, None, Config(guidance=2.0, extrapolate=1.5))(s, text, task)
     torch.testing.assert_close(target, v_base + 1.5 * (v - v_base))
 
 
