@@ -3,13 +3,13 @@
     python -m experiments.losses     # results/losses.json and a table: 100 seconds of a CPU core
 
 A loss is a function of the student's velocity v (B, C, H, W) at a Step, B transitions of its own
-rollout. It gives (B,), whose mean is the loss of the step. The formulas are written out and share
-nothing with train_opd.py, so that a test can compare the two. What is measured is the gradient with
-respect to the student's LoRA in its first update (the merge of the teachers), beside the gradient
-of the closed-form KL. docs/losses.md says what that means.
+rollout. It gives (B,), whose mean is the loss of the step. The transition, its density and PPO's
+clip are sampler.py's. What the codes make of them is written out, and shares nothing with
+train_opd.py, so that a test can compare the two. What is measured is the gradient with respect to
+the student's LoRA in its first update (the merge of the teachers), beside the gradient of the
+closed-form KL. docs/losses.md says what that means.
 """
 import json
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,28 +20,38 @@ from tqdm import tqdm
 
 from checkpoints.cold_start import cold_start
 from checkpoints.teachers import attach, read_teachers
+from experiments.fixed_states import BASE, NOISE_LEVEL, NOISY, STEPS
 from experiments.jobs import TASKS, TEACHERS
 from experiments.tables import grid
 from plumbing import cli
 from plumbing.files import write_text
-from sampler import Policy, Sampler, draw_noise, encode, generator, schedule, sde_sigma
+from sampler import (
+    Policy,
+    Sampler,
+    clipped,
+    draw_noise,
+    encode,
+    gaussian_kl,
+    generator,
+    schedule,
+    sde_step,
+)
+from sampler import log_prob as log_density
 from worlds import open_world
 
-BASE = "ckpt/tiny.safetensors"
-STEPS, NOISY, NOISE_LEVEL = 8, range(5), 0.7            # the defaults of train_opd.py
 BATCH, GROUP = 64, 4                                    # images in all; images of one prompt
 DRAWS = (10, 100)                                       # samples from every state, for SAMPLED
 
 
 @dataclass
 class Step:
-    """B transitions x -> sample of the student. t, t_next and sigma (sigma_t) are numbers."""
+    """B transitions x -> sample of the student. t, t_next, t_second (see sde_sigma): numbers."""
     v_teacher: Tensor        # (B, C, H, W), of each prompt's own teacher at x
     v_old: Tensor            # (B, C, H, W), the student's in the rollout
     x: Tensor                # (B, C, H, W)
     t: Tensor
     t_next: Tensor
-    sigma: Tensor
+    t_second: Tensor
     noise: Tensor            # (B, C, H, W), z in sample = mean + std z
     future: Tensor = None    # (B,), the sum of the KLs of all later supervised steps
 
@@ -53,10 +63,7 @@ class Step:
 
 def gaussian(v, s):
     """The mean of the transition under velocity v, and its std."""
-    dt = s.t - s.t_next
-    drift_v = 1 + s.sigma ** 2 * (1 - s.t) / (2 * s.t)
-    mean = s.x * (1 - s.sigma ** 2 * dt / (2 * s.t)) - v * drift_v * dt
-    return mean, s.sigma * dt.sqrt()
+    return sde_step(s.x, v, s.t, s.t_next, NOISE_LEVEL, s.t_second)
 
 
 def mean_square(a):
@@ -66,19 +73,17 @@ def mean_square(a):
 
 def log_prob(v, s):
     """log N(sample; mean, std^2), averaged over elements: (B,)."""
-    mean, std = gaussian(v, s)
-    return -mean_square((s.sample - mean) / std) / 2 - std.log() - math.log(2 * math.pi) / 2
+    return log_density(s.sample, *gaussian(v, s))
 
 
 def ppo(v, s, adv, clip):
-    """max(-A ratio, -A clip(ratio)). adv: (B,), or (B, 1), which gives (B, B)."""
-    ratio = (log_prob(v, s) - log_prob(s.v_old, s)).exp()
-    return torch.max(-adv * ratio, -adv * ratio.clamp(1 - clip, 1 + clip))
+    """PPO's loss. adv: (B,), or (B, 1), which gives (B, B)."""
+    return clipped((log_prob(v, s) - log_prob(s.v_old, s)).exp(), adv, clip)
 
 
 def kl_times_dt(v, s):
     """The squared distance of the means over 2 sigma_t^2, where the variance is sigma_t^2 dt."""
-    return mean_square(gaussian(v, s)[0] - gaussian(s.v_teacher, s)[0]) / (2 * s.sigma ** 2)
+    return kl(v, s) * (s.t - s.t_next)
 
 
 # ------------------------------------------------------------------ ours
@@ -91,7 +96,7 @@ def kl(v, s):
     bwnzheng/Flow-Factory, src/flow_factory/trainers/opd/trainer.py:346-361.
     """
     mean, std = gaussian(v, s)
-    return mean_square(mean - gaussian(s.v_teacher, s)[0]) / (2 * std ** 2)
+    return gaussian_kl(mean, gaussian(s.v_teacher, s)[0], std)
 
 
 def velocity(v, s):
@@ -218,8 +223,8 @@ class Bench:
                 mine = torch.tensor([prompt["task"] == task for prompt in prompts])
                 if mine.any():
                     v_teacher[mine] = teacher(x[mine], t.expand(int(mine.sum())), text.rows(mine))
-            sigma = sde_sigma(t, sampler.times[1], NOISE_LEVEL)
-            steps.append(Step(v_teacher, path.v[:, k], x, t, t_next, sigma, noise[:, k + 1]))
+            steps.append(Step(v_teacher, path.v[:, k], x, t, t_next, sampler.times[1],
+                              noise[:, k + 1]))
         total = torch.zeros(BATCH)
         for s in reversed(steps):
             s.future = total

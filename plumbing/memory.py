@@ -15,8 +15,8 @@ import torch
 # What autograd keeps of a joint block when an adapter learns, in vectors of width D a token. The
 # weights of the base do not learn, so a layer without an adapter keeps no input.
 # NORMS: the inputs of both LayerNorms; q and k before RMSNorm.
-# OTHERS: the inputs of qkv and proj (2), q, k and v of the attention and its output (4), and
-# the input of GELU (4).
+# OTHERS: the inputs of qkv and proj (2), q, k and v of the attention and its output (4), and the
+# input of GELU (4).
 NORMS, OTHERS = 4, 10
 # attn2, for an image token: q and k before RMSNorm; v, the normalised q and k, and the output.
 DUAL_NORMS, DUAL_OTHERS = 2, 4

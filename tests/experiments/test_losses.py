@@ -28,8 +28,7 @@ def make_step(k, B=5, gap=0.5, seed=0):
     g = torch.Generator().manual_seed(seed)
     x, v_old, other, noise = torch.randn(4, B, *SHAPE, generator=g, dtype=torch.float64)
     future = torch.rand(B, generator=g, dtype=torch.float64)
-    sigma = sde_sigma(TIMES[k], TIMES[1], NOISE_LEVEL)
-    return Step(v_old + gap * other, v_old, x, TIMES[k], TIMES[k + 1], sigma, noise, future)
+    return Step(v_old + gap * other, v_old, x, TIMES[k], TIMES[k + 1], TIMES[1], noise, future)
 
 
 def as_state(s, k):
@@ -104,7 +103,8 @@ def test_velocity_and_the_ode_form_are_kl_with_other_weights_of_the_steps():
     """kl leans most to late steps, the ODE's form less, velocity not at all."""
     over_velocity, over_ode = zip(*(weights(make_step(k)) for k in NOISY))
     for k, w in zip(NOISY, over_velocity):
-        t, dt, sigma = TIMES[k], TIMES[k] - TIMES[k + 1], make_step(k).sigma
+        t, dt = TIMES[k], TIMES[k] - TIMES[k + 1]
+        sigma = sde_sigma(t, TIMES[1], NOISE_LEVEL)
         want = dt / 2 * (sigma * (1 - t) / (2 * t) + 1 / sigma) ** 2
         assert w == pytest.approx(want.item())
         assert over_ode[k] == pytest.approx((want * 2 / dt ** 2).item())
