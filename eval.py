@@ -104,6 +104,11 @@ class Config:
     device: str = "auto"
 
 
+# Keys of OUT.json, each {label: ...}.
+TABLE = "table: mean, standard error, n"                # {column: ...}
+ALL_SCORES = "all scores: mean, standard error"         # {"REWARD on TASK": ...}
+SCORES = "scores of each image"                         # {task: [...]}, in the order of the prompts
+
 # Defaults that follow from --model. GenEval has 553 prompts with 4 images each. That makes 2,212
 # images, rounded down here to a multiple of 8 ranks.
 PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=40, guidance=4.5, batch=8,
@@ -454,6 +459,15 @@ def every_mean(scores):
     return out
 
 
+def to_lists(own):
+    """Scores {label: {task: (n,)}} as lists of numbers with four decimals, for OUT.json."""
+    lists = {}
+    for label, tasks in own.items():
+        lists[label] = {task: [round(float(value), 4) for value in values]
+                        for task, values in tasks.items()}
+    return lists
+
+
 def evaluate(run, policies, rank, world_size, start):
     """Draw and score the prompts of all tasks with each model, and write the report.
 
@@ -493,16 +507,16 @@ def evaluate(run, policies, rank, world_size, start):
     numbers = {"settings": asdict(cfg), "world_size": world_size, "base": model.fingerprint,
                "torch": torch.__version__, "device": str(run.times.device),
                "seconds": time.time() - start,
-               "table: mean, standard error, n": results,
+               TABLE: results,
                f"{last} minus: mean, standard error, n": differences,
-               "all scores: mean, standard error": every_mean(scores)}
+               ALL_SCORES: every_mean(scores),
+               SCORES: to_lists(own)}
     if cfg.diversity:
         numbers["diversity"] = diversity
-    out = Path(cfg.out)
-    write_text(out.with_suffix(".md"), text)
-    write_text(out.with_suffix(".json"), json.dumps(numbers, indent=1))
-    draw_grid(shown, out.with_suffix(".png"), cfg.rows)
-    print(f"\n{text}\nwrote {out}.md, {out}.json, {out}.png in {time.time() - start:.0f} s")
+    write_text(f"{cfg.out}.md", text)
+    write_text(f"{cfg.out}.json", json.dumps(numbers, indent=1))
+    draw_grid(shown, f"{cfg.out}.png", cfg.rows)
+    print(f"\n{text}\nwrote {cfg.out}.md, .json and .png in {time.time() - start:.0f} s")
 
 
 def main(cfg):

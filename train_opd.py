@@ -39,6 +39,7 @@ folding, extrapolation: GFD-OPD arXiv 2609.39692.
 """
 import plumbing.help  # noqa: F401 -- first, as it answers --help before torch is imported
 
+import math
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Literal
@@ -61,6 +62,7 @@ from rewards import Judge, advantages, check_rewards, choose_rewards
 from sampler import (
     Policy,
     Sampler,
+    Trajectory,
     check_window,
     clipped,
     draw_noise,
@@ -72,6 +74,7 @@ from sampler import (
     noisy_steps,
     ratio_summary,
     regroup,
+    sample,
     schedule,
     table,
     visited,
@@ -124,6 +127,9 @@ class Config:
     one: bool = False
     # How a noisy step adds noise: sde (Flow-GRPO) or cps. With ode no step does.
     rollout: Literal["sde", "cps", "ode"] = "sde"
+    # Whose states they are. student: its own, the method. For comparison, teacher: those that each
+    # prompt's own teacher visits; pictures: its finished pictures, noised anew for each step.
+    states: Literal["student", "teacher", "pictures"] = "student"
     # Noise level.
     a: float = 0.7
     # Guidance scale, in rollouts and updates, of student and teachers alike.
@@ -339,10 +345,10 @@ def choose(cfg, it, mine):
 def rollout_steps(cfg):
     """How many steps of a rollout are taken: no more than are read.
 
-    A reward needs the image, a surrogate the sample after the last supervised step, and the other
-    objectives the state before it.
+    A reward needs the image, and so does --states pictures. A surrogate needs the sample after the
+    last supervised step, and the other objectives the state before it.
     """
-    if scored(cfg):
+    if scored(cfg) or cfg.states == "pictures":
         return cfg.steps
     return cfg.supervised[1] if cfg.objective in SURROGATES else cfg.supervised[1] - 1
 
@@ -401,6 +407,25 @@ class Teachers:
             v_base = answers[:, -1]
             v = v_base + self.cfg.extrapolate * (v - v_base)
         return v, None if self.anchor is None else answers[:, self.anchor]
+
+    def rollout(self, noise, text, task, sampler):
+        """Off-policy trajectories, for --states: as Sampler.rollout, of each prompt's own teacher.
+
+        noise (B, K + 1, C, H, W); task (B,). They have no log_prob: the student did not take them.
+        """
+        x = torch.empty_like(noise)
+        for column, policy in enumerate(self.fields.values()):
+            i = (task == column).nonzero()[:, 0]
+            if len(i) == 0:
+                continue
+            if self.cfg.states == "teacher":
+                rows = text.rows(i)
+                x[i] = sampler.rollout(policy, noise[i], rows, until=rollout_steps(self.cfg)).x
+            else:
+                x_0 = sample(policy, noise[i, 0], text.rows(i), sampler.times)[:, None]
+                t = sampler.times.view(-1, 1, 1, 1)
+                x[i] = (1 - t) * x_0 + t * noise[i]         # x_t = (1 - t) x_0 + t eps
+        return Trajectory(x, x.new_full(x[:, 1:, 0, 0, 0].shape, math.nan), None)
 
 
 # ------------------------------------------------------------------ checks
@@ -469,6 +494,11 @@ def check_combination(cfg):
     if cfg.window and (cfg.one or cfg.supervised != cfg.noisy):
         raise ValueError(f"--window {cfg.window} --one {cfg.one} --supervised {cfg.supervised}: a "
                          "window's steps are all supervised, and no others")
+    if cfg.states != "student" and (cfg.objective in SURROGATES or scored(cfg)
+                                    or cfg.match != "guided"):
+        raise ValueError(f"--states {cfg.states} --objective {cfg.objective} --match {cfg.match} "
+                         f"--drop-equal {cfg.drop_equal}: states of others have no ratio, no "
+                         "reward and no branches of the student")
     if cfg.reward and not scored(cfg):
         raise ValueError(f"--reward {' '.join(cfg.reward)}: no image is scored here; it is for "
                          "--objective mixed and --drop-equal")
@@ -560,7 +590,7 @@ def main(cfg):
     mix = read_mix(cfg.ratio, tasks, world.ratio)
     pattern = [task for task, n in mix.items() for _ in range(n)]
     world.check_prompts(set(pattern))
-    judge = make_judge(cfg, list(mix), model, world, device)
+    judge = make_judge(cfg, list(dict.fromkeys(pattern)), model, world, device)
 
     # Teachers and anchor: adapters on one frozen base, or whole transformers beside it. The
     # student: one more adapter, or a whole transformer of its own.
@@ -597,6 +627,11 @@ def main(cfg):
     def draw(it):
         return world.batch(pattern, cfg.batch // cfg.group, cfg.seed, it, cfg.mix)
 
+    def rollout(noise, text, task):
+        if cfg.states != "student":                 # off policy, to see what on-policy is worth
+            return teachers.rollout(noise, text, task, sampler)
+        return sampler.rollout(student, noise, text, cfg.objective == "pg", rollout_steps(cfg))
+
     def save(path):
         with average.applied():
             return save_trained(path, net, adapter, model, rank, task="+".join(tasks),
@@ -628,8 +663,7 @@ def main(cfg):
         steps = choose(cfg, it, mine).to(device)                  # (b, S), supervised
         for part in torch.arange(len(mine), device=device).split(cfg.micro):
             with autocast:
-                trajectory = sampler.rollout(student, noise[part], text.rows(part),
-                                             cfg.objective == "pg", rollout_steps(cfg))
+                trajectory = rollout(noise[part], text.rows(part), task[part])
             if judge:
                 judge.submit(trajectory.x[:, -1], [asked[i] for i in part])
             states += visited(trajectory, steps[part], part, sampler)

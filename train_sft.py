@@ -32,6 +32,7 @@ from plumbing.health import Health
 from plumbing.log import Clock, Log
 from plumbing.state import restore, resume, save_state
 from plumbing.stop import Stop
+from rewards import check_rewards, choose_rewards, score
 from sampler import Policy, draw_noise, encode, expand, sample, schedule
 from watch import Watch, check_watch
 from worlds import open_world, presets
@@ -59,6 +60,8 @@ class Config:
     # --- pictures
     # Number of pictures, by all teachers together.
     samples: int = 2000
+    # Draw each picture so many times, and keep the one with the highest reward (best of N).
+    best: int = 1
     # ODE steps per picture.
     steps: int = 20
     # Guidance scale of the teachers when they draw.
@@ -126,7 +129,7 @@ PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=40, guidance=
                        samples=20000, iters=1000, lora_r=32, lora_alpha=64.0, lr=1e-4, micro=4,
                        eval_steps=40)}
 # The settings that the teachers' pictures depend on.
-PICTURES = ("teachers", "samples", "steps", "guidance", "seed", "ratio", "prompts",
+PICTURES = ("teachers", "samples", "best", "steps", "guidance", "seed", "ratio", "prompts",
             "prompts_digest", "size", "t5")
 
 
@@ -150,8 +153,8 @@ def draw_times(rng, n, times):
 
 def check(cfg, world_size):
     """ValueError for all that can be known to be wrong before any time is spent."""
-    cli.positive(cfg, "samples", "steps", "iters", "batch", "lora_r", "lora_alpha", "lr", "micro",
-                 "save_every", "ema_every")
+    cli.positive(cfg, "samples", "best", "steps", "iters", "batch", "lora_r", "lora_alpha", "lr",
+                 "micro", "save_every", "ema_every")
     cli.check_training(cfg)
     if cfg.batch % world_size or cfg.samples % world_size:
         raise ValueError(f"--batch {cfg.batch} --samples {cfg.samples}: expected multiples of the "
@@ -160,10 +163,11 @@ def check(cfg, world_size):
         raise ValueError(f"--drop {cfg.drop}: expected 0 <= drop < 1")
 
 
-def draw_pictures(cfg, model, teachers, prompts, rank, world_size, device):
+def draw_pictures(cfg, model, teachers, prompts, judge, rank, world_size, device):
     """Every teacher draws the prompts of its task. Returns latents (samples, C, H, W) on the CPU.
 
     They are in the order of the prompts. Picture i is the same for any number of ranks.
+    judge(task, latents, prompts) gives the rewards by which the best of --best pictures is kept.
     """
     times = schedule(cfg.steps).to(device)
     shape = model.latent_shape()
@@ -176,10 +180,18 @@ def draw_pictures(cfg, model, teachers, prompts, rank, world_size, device):
         its = [j for j, i in enumerate(mine) if prompts[i]["task"] == task]
         parts = [its[k:k + cfg.micro] for k in range(0, len(its), cfg.micro)]
         for part in tqdm(parts, desc=f"{task} draws", disable=rank > 0):
-            text = encode(model.text, [prompts[mine[j]]["prompt"] for j in part])
-            noise = draw_noise([(cfg.seed, "sft", mine[j]) for j in part], 0, shape)[:, 0]
-            with torch.no_grad(), dist.autocast(device, cfg.amp):
-                latents[part] = sample(policy, noise.to(device), text, times).cpu()
+            asked = [prompts[mine[j]] for j in part]
+            text = encode(model.text, [prompt["prompt"] for prompt in asked])
+            best = torch.full((len(part),), -math.inf)
+            for n in range(cfg.best):
+                keys = [(cfg.seed, "sft", mine[j], *([n] if n else [])) for j in part]
+                noise = draw_noise(keys, 0, shape)[:, 0]
+                with torch.no_grad(), dist.autocast(device, cfg.amp):
+                    drawn = sample(policy, noise.to(device), text, times)
+                reward = judge(task, drawn, asked) if cfg.best > 1 else torch.zeros(len(part))
+                better = reward > best
+                latents[torch.tensor(part)[better]] = drawn[better.to(device)].cpu()
+                best = torch.maximum(best, reward)
     return dist.gather_batch(latents.to(device), cfg.samples, 1).cpu()
 
 
@@ -211,6 +223,11 @@ def main(cfg):
     mix = read_mix(cfg.ratio, teachers, world.ratio)
     pattern = [task for task, n in mix.items() for _ in range(n)]
     world.check_prompts(set(pattern))
+    rewards = {}
+    if cfg.best > 1:
+        asked = [task for task, n in mix.items() if n]
+        rewards = choose_rewards(asked, [], world, share=0)
+        check_rewards(rewards, model, world, device=device)
     net = model.mmdit
     taught_by = attach(teachers, net)
     torch.manual_seed(cfg.seed)
@@ -243,8 +260,11 @@ def main(cfg):
     model.text.prepare(watch.texts + [prompt["prompt"] for prompt in prompts], *dist.local())
     dist.barrier()
 
+    def judge(task, latents, asked):
+        return torch.from_numpy(score(rewards[task], model.images(latents), asked, world)["total"])
+
     def draw():
-        return draw_pictures(cfg, model, teachers, prompts, rank, world_size, device)
+        return draw_pictures(cfg, model, teachers, prompts, judge, rank, world_size, device)
 
     latents = pictures(folder / "samples.pt", settings, rank, draw)
     dist.barrier()

@@ -18,7 +18,7 @@ from plumbing import cli
 
 def sft_passes(cfg):
     """A picture takes a pass per step of its teacher. An image of a batch takes 1 + 2."""
-    return cfg.samples * cfg.steps + cfg.iters * cfg.batch * 3
+    return cfg.samples * cfg.best * cfg.steps + cfg.iters * cfg.batch * 3
 
 
 def grpo_passes(cfg):

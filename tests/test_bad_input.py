@@ -257,6 +257,9 @@ BAD = {
          "--drop-equal"),
         ("--drop-equal --group 1",
          "--group 1: rewards are compared within a prompt, so at least 2 images are needed"),
+        ("--states teacher --objective pg",
+         "--states teacher --objective pg --match guided --drop-equal False: states of "
+         "others have no ratio, no reward and no branches of the student"),
         ("--supervised 3 9",
          "--supervised [3, 9]: expected FROM TO with 0 <= FROM < TO <= --steps 8"),
         ("--rollout cps --a 1.5",

@@ -11,21 +11,26 @@ import eval as evaluation
 import sampler
 from worlds.prompts import TAGS
 from worlds.tiny import Tiny
+from worlds.tiny_prompts import TASKS
 
 
 def test_eval_writes_table_json_and_picture_and_equal_models_score_equal(here, teachers):
     ckpts = ["base", teachers[0], f"again={teachers[0]}"]
     evaluation.main(evaluation.Config(ckpts=ckpts, model=BASE, per_task=12, steps=3, rows=3,
-                                      out="e", device="cpu"))
-    results = json.loads(Path("e.json").read_text())["table: mean, standard error, n"]
+                                      out="e-1.5", device="cpu"))
+    numbers = json.loads(Path("e-1.5.json").read_text())          # a dot is part of the name
+    results = numbers[evaluation.TABLE]
+    images = numbers[evaluation.SCORES]["base"]
+    assert {task: len(scores) for task, scores in images.items()} == dict.fromkeys(TASKS, 12)
+    assert np.mean(images["ocr"]) == pytest.approx(results["base"]["ocr"][0], abs=1e-4)
     assert results["geneval"] == results["again"]
     assert set(results) == {"base", "geneval", "again"}
     means = {column: values[0] for column, values in results["base"].items()}
     assert means["geneval"] == pytest.approx(sum(means[tag] for tag in TAGS) / 6)
     average = (means["geneval"] + means["ocr"] + means["quality"]) / 3
     assert means["average"] == pytest.approx(average)
-    assert Path("e.md").read_text().count("\n| base ") == 2
-    image = Image.open("e.png")
+    assert Path("e-1.5.md").read_text().count("\n| base ") == 2
+    image = Image.open("e-1.5.png")
     assert image.width > 330 + 3 * 96
     assert image.height > 3 * 96
 

@@ -22,6 +22,7 @@ import train_opd
 import train_sft
 import worlds
 from checkpoints.formats import read
+from checkpoints.teachers import attach, read_teachers
 from plumbing.files import read_pt
 from rewards import advantages
 from sampler import (
@@ -228,6 +229,8 @@ VARIANTS = [
     dict(objective="pg", step_reward="sampled", credit="future"),
     dict(objective="released"),
     dict(rollout="ode"),
+    dict(states="teacher"),
+    dict(states="pictures"),
     dict(rollout="cps", noisy=[0, 2]),
     dict(rollout="ode", objective="velocity", one=True),
     dict(noisy=[0, 2], supervised=[1, 4]),
@@ -413,6 +416,26 @@ def test_sft_leaves_out_a_task_without_a_share(here, teachers):
     train_sft.main(train_sft.Config(**options))
     assert log("sft")[0]["loss"] > 0
     assert len(read_pt("runs/sft/samples.pt")["latents"]) == 6
+
+
+def test_of_n_pictures_of_a_prompt_the_one_with_the_highest_reward_is_kept(here):
+    model = worlds.load(BASE)
+    loaded = read_teachers([make_teacher(here / "t.pt", "ocr")], model.mmdit, ["ocr"])
+    attach(loaded, model.mmdit)
+    prompts = [{"prompt": f'a sign that says "{word}"', "task": "ocr"} for word in ("HAT", "TAX")]
+    seen = []
+
+    def judge(task, latents, asked):
+        seen.append(latents)
+        return latents.mean((1, 2, 3))
+
+    cfg = train_sft.Config(samples=2, steps=2, best=4)
+    kept = train_sft.draw_pictures(cfg, model, loaded, prompts, judge, 0, 1, torch.device("cpu"))
+    drawn = torch.stack(seen)                                     # (4, 2, C, H, W)
+    assert torch.equal(kept.mean((1, 2, 3)), drawn.mean((2, 3, 4)).max(0).values)
+    one = train_sft.draw_pictures(train_sft.Config(samples=2, steps=2), model, loaded, prompts,
+                                  None, 0, 1, torch.device("cpu"))
+    assert torch.equal(one, drawn[0])
 
 
 def test_flow_loss_is_zero_for_the_true_velocity():

@@ -16,9 +16,11 @@ from tiny_runs import (
 import rewards
 import train_grpo
 import train_opd
+import worlds
+from checkpoints.teachers import attach, read_teachers
 from plumbing import dist
 from plumbing.files import read_pt
-from sampler import noisy_steps
+from sampler import Policy, Sampler, draw_noise, encode, noisy_steps, sample, schedule
 
 
 @pytest.fixture(autouse=True)
@@ -96,11 +98,53 @@ def test_a_window_larger_than_the_noisy_steps_is_refused():
 @pytest.mark.parametrize("options, steps", [
     ({}, 4), ({"objective": "velocity"}, 4), ({"supervised": [0, 3]}, 2),
     ({"objective": "pg"}, 5), ({"objective": "released"}, 5), ({"objective": "mixed"}, 8),
-    ({"drop_equal": True}, 8)])
+    ({"drop_equal": True}, 8), ({"states": "pictures"}, 8), ({"states": "teacher"}, 4)])
 def test_a_rollout_takes_the_steps_that_are_read_and_no_more(options, steps):
     """The KL needs the last supervised state, a ratio the sample after it, a reward the image."""
     cfg = train_opd.Config(**{"supervised": [0, 5], **options})
     assert train_opd.rollout_steps(cfg) == steps
+
+
+# ------------------------------------------------------------------ whose states
+
+
+def off_policy(states):
+    """The trajectories of three prompts, whose teachers are two random adapters, and both of them.
+
+    Returns noise, text, the trajectories, {adapter: its rows}, the sampler and the net.
+    """
+    model = worlds.load(BASE)
+    loaded = {}
+    for n, task in enumerate(("ocr", "quality")):
+        path = make_teacher(f"{task}.pt", task, seed=n)
+        loaded |= read_teachers([path], model.mmdit, ["ocr", "quality"])
+    attach(loaded, model.mmdit)
+    cfg = train_opd.Config(states=states, steps=4, noisy=[0, 3], supervised=[0, 3])
+    sampler = Sampler(schedule(4), "sde", 0.7, range(3))
+    text = encode(model.text, ['a sign that says "HAT"', "a poster of a circle",
+                               'a sign that says "TAX"'])
+    noise = draw_noise([(0,), (1,), (2,)], 4, model.latent_shape())
+    teachers = train_opd.Teachers(loaded, model.mmdit, None, cfg)
+    with torch.no_grad():
+        trajectory = teachers.rollout(noise, text, torch.tensor([0, 1, 0]), sampler)
+    rows = {"ocr": torch.tensor([0, 2]), "quality": torch.tensor([1])}
+    return noise, text, trajectory, rows, sampler, model.mmdit
+
+
+def test_states_of_the_teachers_are_those_that_each_prompts_own_teacher_visits():
+    noise, text, trajectory, rows, sampler, net = off_policy("teacher")
+    for task, i in rows.items():
+        own = sampler.rollout(Policy(net, task), noise[i], text.rows(i), until=2)
+        assert torch.allclose(trajectory.x[i, :3], own.x[:, :3], atol=1e-5)
+
+
+def test_states_of_pictures_are_the_finished_pictures_noised_to_the_time_of_the_step():
+    noise, text, trajectory, rows, sampler, net = off_policy("pictures")
+    for task, i in rows.items():
+        drawn = sample(Policy(net, task), noise[i, 0], text.rows(i), sampler.times)
+        for k, t in enumerate(sampler.times):
+            x = (1 - t) * drawn + t * noise[i, k]
+            assert torch.allclose(trajectory.x[i, k], x, atol=1e-5)
 
 
 # ------------------------------------------------------------------ rewards in stage 2

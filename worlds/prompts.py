@@ -207,8 +207,14 @@ def read_numbers(option, items, tasks, kind):
 def read_mix(items, tasks, default):
     """Read --ratio, the share of each task in a mix of prompts -> {task: whole number}.
 
-    tasks: the tasks of the mix. default: {task: number}, used if items is empty.
+    tasks: the tasks of the mix. default: {task: number}, used if items is empty. ValueError if all
+    numbers are 0.
     """
-    if not items:
-        return {task: default[task] for task in tasks}
-    return read_numbers("--ratio", items, tasks, int)
+    if items:
+        return read_numbers("--ratio", items, tasks, int)
+    mix = {task: default[task] for task in tasks}
+    if not any(mix.values()):
+        shares = " ".join(f"{task}=1" for task in tasks)
+        raise ValueError(f"no prompt is routed to {', '.join(tasks)} by default; expected shares: "
+                         f"--ratio {shares}")
+    return mix

@@ -26,7 +26,9 @@ PLAN = jobs.plan()
     ("train_opd.py --batch 16 --updates 1 --rollout ode --objective velocity --one --steps 16 "
      "--noisy 0 1 --anchor base", 1),
     ("train_grpo.py --tasks ocr --batch 24", 1),
-    ("train_sft.py --samples 10 --batch 4", 2)])
+    ("train_opd.py --batch 16 --updates 1 --states pictures --anchor base", 1),
+    ("train_sft.py --samples 10 --batch 4", 2),
+    ("train_sft.py --samples 10 --batch 4 --best 3", 1)])
 def test_passes_are_what_the_network_was_asked_for(command, iters, tmp_path, monkeypatch):
     """Every image that goes through the transformer, three times where a backward pass follows.
 

@@ -282,3 +282,11 @@ def test_mix_is_the_items_or_the_defaults_for_the_tasks_there_are():
 def test_malformed_mix_is_refused(items, message):
     with pytest.raises(ValueError, match=message):
         read_mix(items, ["ocr", "quality"], DEFAULT)
+
+
+def test_a_mix_in_which_no_task_has_a_share_by_default_asks_for_ratio():
+    """As in a run with the teacher of quality alone."""
+    message = "^no prompt is routed to quality by default; expected shares: --ratio quality=1$"
+    with pytest.raises(ValueError, match=message):
+        read_mix([], ["quality"], DEFAULT)
+    assert read_mix(["quality=1"], ["quality"], DEFAULT) == {"quality": 1}
