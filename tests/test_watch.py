@@ -168,6 +168,7 @@ rows = dist.gather_objects(run(policy, SimpleNamespace(applied=contextlib.nullco
 if rank == 0:
     assert rows == rows[:1] * world_size
     print("ROW", json.dumps(rows[0]))
+dist.barrier()                  # a rank that leaves while the other still talks may abort it
 torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
 """
 
