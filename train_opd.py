@@ -527,11 +527,12 @@ def scored(cfg):
     return cfg.objective == "mixed" or cfg.drop_equal
 
 
-def make_judge(cfg, tasks, model, world, device):
-    """The Judge of the tasks' own rewards, or None if no image is scored."""
+def make_judge(cfg, mix, model, world, device):
+    """The Judge of the rewards of all tasks with a share of the mix, or None if none is scored."""
     if not scored(cfg):
         return None
-    rewards = choose_rewards(tasks, cfg.reward, world, share=0)
+    rewards = choose_rewards(list(mix), cfg.reward, world, share=0)
+    rewards = {task: rewards[task] for task, n in mix.items() if n}
     check_rewards(rewards, model, world, device=device)
     return Judge(rewards, model, world)
 
@@ -590,7 +591,7 @@ def main(cfg):
     mix = read_mix(cfg.ratio, tasks, world.ratio)
     pattern = [task for task, n in mix.items() for _ in range(n)]
     world.check_prompts(set(pattern))
-    judge = make_judge(cfg, list(dict.fromkeys(pattern)), model, world, device)
+    judge = make_judge(cfg, mix, model, world, device)
 
     # Teachers and anchor: adapters on one frozen base, or whole transformers beside it. The
     # student: one more adapter, or a whole transformer of its own.

@@ -150,6 +150,15 @@ def test_states_of_pictures_are_the_finished_pictures_noised_to_the_time_of_the_
 # ------------------------------------------------------------------ rewards in stage 2
 
 
+def test_reward_names_every_teachers_task_and_those_without_a_share_are_not_judged():
+    """One reward a teacher, as --reward says, also where --ratio leaves a task out."""
+    model = worlds.load(BASE)
+    world = worlds.open_world(BASE)
+    cfg = train_opd.Config(objective="mixed", reward=["ocr", "quality"])
+    judge = train_opd.make_judge(cfg, {"ocr": 1, "quality": 0}, model, world, "cpu")
+    assert judge.rewards == {"ocr": {"ocr": 1.0}}
+
+
 class FakeJudge(rewards.Judge):
     """The reward of image i is given by the test, in the order of submission."""
     given = None
