@@ -5,7 +5,9 @@ ARGS ?= --compile
 export OMP_NUM_THREADS ?= 1
 BIN = .venv/bin
 RUN = $(BIN)/torchrun --nproc_per_node=$(RANKS)
-MODELS = base ckpt/geneval.pt ckpt/ocr.pt ckpt/quality.pt merge=runs/demo/init.pt student=runs/demo/student.pt
+MODELS = base ckpt/*.pt merge=runs/demo/init.pt student=runs/demo/student.pt
+# The base before guidance is folded into it.
+GUIDED = runs/tiny/guided.safetensors
 # The dependencies of an extra, or of the project itself: tomllib reads them from pyproject.toml.
 DEPS = $(PYTHON) -c "import sys, tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	print(*(p['optional-dependencies'][sys.argv[1]] if sys.argv[1:] else p['dependencies']))"
@@ -15,7 +17,7 @@ DEPS = $(PYTHON) -c "import sys, tomllib; p = tomllib.load(open('pyproject.toml'
 demo: .venv/done                  # stage 2 from the shipped teachers, then the table and the picture
 	rm -rf runs/demo
 	$(RUN) train_opd.py --teachers ckpt/*.pt --name demo
-	$(RUN) eval.py --ckpts $(MODELS) --out runs/demo/eval
+	$(RUN) eval.py --ckpts $(MODELS) --per-task 300 --steps 10 --rows 4 --out runs/demo/eval
 
 test: .venv/done
 	$(BIN)/python -m pytest -q
@@ -28,7 +30,8 @@ oracles: .venv/oracles            # diffusers, peft, ...: what some tests compar
 teachers: .venv/done              # stage 1, from the shipped base (under an hour on two cores; resumes)
 	$(RUN) train_grpo.py --tasks geneval --batch 192 --lr 2e-3 --iters 250 --out ckpt/geneval.pt
 	$(RUN) train_grpo.py --tasks ocr --iters 225 --out ckpt/ocr.pt
-	$(RUN) train_grpo.py --tasks quality --anchor --iters 50 --out ckpt/quality.pt
+	$(RUN) train_grpo.py --tasks preference --iters 100 --out ckpt/preference.pt
+	$(RUN) train_grpo.py --tasks quality --anchor --iters 100 --out ckpt/quality.pt
 
 doctor: .venv/done               # check the shipped model, teachers and rewards, one line a check
 	$(BIN)/python -m experiments.doctor --teachers ckpt/*.pt
@@ -42,9 +45,14 @@ speedrun: .venv/done              # the fewest passes to 95% of the teachers' ga
 bench: .venv/oracles              # speed, memory, FLOPs: a table and results/bench-MACHINE.json
 	$(BIN)/python -m experiments.bench
 
-base: .venv/done                  # the tiny VAE and base, from nothing (resumes)
-	$(RUN) -m worlds.tiny_base
-	$(RUN) -m worlds.tiny_base --steps 8500 --batch 128 --lr 2e-3
+base: .venv/done                  # VAE and base from nothing, then guidance is folded in (resumes)
+	$(RUN) -m worlds.tiny_base --out $(GUIDED)
+	$(RUN) train_opd.py --name fold --model $(GUIDED) --init none --full --lr 6e-4 --lam 0 \
+		--teachers geneval=$(GUIDED) ocr=$(GUIDED) preference=$(GUIDED) quality=$(GUIDED) \
+		--ratio geneval=3 ocr=1 preference=1 quality=1 --group 1 --iters 150 \
+		--match fold --guidance 3 --objective velocity --supervised 0 8
+	$(BIN)/python -m checkpoints runs/fold/student.safetensors --model $(GUIDED) --to merged \
+		--out ckpt/tiny.safetensors
 
 .venv/done: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -5,15 +5,16 @@ Evaluate checkpoints on all tasks, with the same prompts and the same noise for 
     torchrun --nproc_per_node=2 eval.py ...               # the same numbers (OMP_NUM_THREADS=1)
     python eval.py --prompt "a photo of a red bird" --ckpts base student=DIR     # just pictures
 
-It writes OUT.md (tables), OUT.json (all numbers) and OUT.png (rows are prompts, columns are
-models). With --prompt it only writes pictures, OUT/MODEL/0000.png, ... A checkpoint is a path,
+It writes OUT.md (tables), OUT.json (all numbers) and OUT.png (rows are prompts, columns are models;
+models named after the tasks share one, "its teacher"). With --prompt it only writes pictures,
+OUT/MODEL/0000.png, ... A checkpoint is a path,
 LABEL=path, or "base". Prompts are the held-out ones of the world, or those of --prompts. Images are
 sampled with the ODE.
 
 Scores: geneval follows the benchmark: first the mean of each tag, then the mean over tags. ocr is
-1 - edits / length. quality ignores the prompt. average is the paper's: the mean of the tasks'
-scores, each scaled to at most 1. Standard errors are over images. A second table compares the last
-model with every other one, image by image.
+1 - edits / length. preference reads the prompt loosely, and quality ignores it. average is the
+paper's: the mean of the tasks' scores, each scaled to at most 1. Standard errors are over images. A
+second table compares the last model with every other one, image by image.
 """
 import plumbing.help  # noqa: F401 -- first, as it answers --help before torch is imported
 

@@ -190,6 +190,10 @@ def quality(images, metas, world):
     return world.quality(images)
 
 
+def preference(images, metas, world):
+    return world.preference(images, metas)
+
+
 def network(where, scale=1.0):
     """A reward that a network of scorers/ gives, loaded at first use."""
     def reward(images, metas, world):
@@ -213,6 +217,7 @@ REWARDS = {
     "geneval_benchmark": geneval("benchmark"),         # GenEval's own rule; 0 or 1
     "ocr": Reward(ocr, cheap=True),                    # the quoted text; 0 to 1
     "quality": Reward(quality, cheap=True),            # the tiny world's own; 0 to 1
+    "preference": Reward(preference, cheap=True),      # the tiny world's own; 0 to 1
     "pickscore": network("clip.PickScore", 26),        # preference; about 20 to 24
     "clipscore": network("clip.CLIPScore", 30),        # agreement with the prompt; 25 to 35
     "hpsv2": network("clip.HPSv2"),                    # preference; about 0.3
@@ -296,6 +301,7 @@ class DetectOnce:
         self.world = world
         self.read = world.read
         self.quality = world.quality
+        self.preference = world.preference
         self.found = None
 
     def detect(self, images, metas):

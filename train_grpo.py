@@ -4,7 +4,7 @@ Stage 1: a teacher by Flow-GRPO. One reward makes a teacher. Several make GRPO-M
     python train_grpo.py --tasks ocr                              # -> runs/grpo-ocr/adapter.pt
     torchrun --nproc_per_node=2 train_grpo.py --tasks geneval     # on CPUs: OMP_NUM_THREADS=1
     python train_grpo.py --tasks quality --anchor                 # to anchor all in stage 2
-    python train_grpo.py --tasks geneval ocr quality --ratio geneval=3 ocr=1 quality=1   # a mix
+    python train_grpo.py --tasks geneval ocr preference --ratio geneval=3 ocr=1 preference=1  # mix
     torchrun --nproc_per_node=8 train_grpo.py --model stable-diffusion-3.5-medium --tasks ocr
 
 A run that was stopped goes on where it was when the same command is given again. Its log and its
@@ -70,8 +70,7 @@ class Config:
     # TASK=DIR: the task's prompts come from this folder or hub dataset, not from the world
     # (worlds/prompts.py).
     prompts: list[str] = field(default_factory=list)
-    # TASK=N: the share of each task in the prompts, e.g. geneval=3 ocr=1 quality=1 (default:
-    # equal shares).
+    # TASK=N: the share of each task in the prompts, e.g. geneval=3 ocr=1 (default: equal shares).
     ratio: list[str] = field(default_factory=list)
     # How tasks take turns. batch: prompt by prompt; alternate: iteration by iteration, as released.
     mix: Literal["alternate", "batch"] = "alternate"

@@ -96,8 +96,8 @@ class Config:
     # TASK=DIR: the task's prompts come from this folder or hub dataset, not from the world
     # (worlds/prompts.py).
     prompts: list[str] = field(default_factory=list)
-    # TASK=N: the share of each task in the prompts, e.g. geneval=3 ocr=1 quality=1 (default: the
-    # world's).
+    # TASK=N: the share of each task in the prompts, e.g. geneval=3 ocr=1 quality=0 (default: the
+    # world's, in which quality has none).
     ratio: list[str] = field(default_factory=list)
     # How tasks take turns. batch: prompt by prompt; alternate: iteration by iteration, as released.
     mix: Literal["alternate", "batch"] = "batch"
@@ -110,15 +110,15 @@ class Config:
 
     # --- rollout
     # Number of iterations. Each has one rollout of --batch images.
-    iters: int = 100
+    iters: int = 150
     # Images per iteration, over all ranks.
-    batch: int = 64
-    # Images per prompt (G).
-    group: int = 4
+    batch: int = 32
+    # Images per prompt (G). Rewards are compared within a group; a KL needs none.
+    group: int = 1
     # Steps of a rollout (K).
-    steps: int = 8
+    steps: int = 4
     # Steps FROM TO (exclusive) that take noise. The others follow the ODE.
-    noisy: list[int] = field(default_factory=lambda: [0, 5])
+    noisy: list[int] = field(default_factory=lambda: [1, 3])
     # Only so many of these steps, in a row; which ones is drawn for each iteration (0: all).
     window: int = 0
     # Steps FROM TO (exclusive) whose states are supervised (default: the noisy ones).

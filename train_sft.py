@@ -51,8 +51,8 @@ class Config:
     # TASK=DIR: the task's prompts come from this folder or hub dataset, not from the world
     # (worlds/prompts.py).
     prompts: list[str] = field(default_factory=list)
-    # TASK=N: the share of each teacher in the pictures, e.g. geneval=3 ocr=1 quality=1 (default:
-    # the world's).
+    # TASK=N: the share of each teacher in the pictures, e.g. geneval=3 ocr=1 quality=0 (default:
+    # the world's, in which quality has none).
     ratio: list[str] = field(default_factory=list)
     # Name of the run.
     name: str = "sft"

@@ -14,15 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 import train_opd
-from checkpoints.formats import read_adapter, save_adapter
+from checkpoints.formats import save_adapter
 from experiments import fullsize, random_sd3, released_loop
 from experiments.turns import ratio, say, spread
 from model import PREFIX, MMDiT, load_mmdit
 from plumbing.files import open_tensors, write_tensors
+from worlds.tiny import Tiny
+from worlds.tiny_prompts import TASKS
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "ckpt/tiny.safetensors"
-TASKS = ("geneval", "ocr", "quality")
 
 # ------------------------------------------------------------------ a whole iteration
 
@@ -42,8 +43,9 @@ class World:
 
     @property
     def ratio(self):
-        """SD3.5's world has no prompts for quality: its teacher is the anchor only."""
-        return ["geneval=3", "ocr=1", "quality=1" if self.model.is_file() else "quality=0"]
+        """The share of each task. Quality has none: its teacher is the anchor only."""
+        tasks = TASKS if self.model.is_file() else random_sd3.TASKS
+        return [f"{task}={Tiny.ratio[task]}" for task in tasks]
 
     @property
     def noisy(self):
@@ -195,7 +197,7 @@ def peak_memory(script, options, cfg):
 def gigabytes_held(world, whole):
     """GB of weights, gradients and AdamW's two moments, from shapes.
 
-    whole: each of three teachers and the anchor is a copy of the transformer in float32.
+    whole: the anchor and each teacher that has prompts are copies of the transformer in float32.
     """
     file = world.model if world.model.is_file() else world.model / random_sd3.FILE
     net = load_mmdit(file, dtype=None)
@@ -203,9 +205,10 @@ def gigabytes_held(world, whole):
     adapter = sum(torch.Size(shape).numel() for shape in net.adapter_shapes(world.r).values())
     student = 4 * adapter                               # weights, gradient, two moments
     if whole:
-        return 4 * (base + student + 4 * (base + adapter)) / 1e9
+        copies = 1 + sum(not share.endswith("=0") for share in world.ratio)
+        return 4 * (base + student + copies * (base + adapter)) / 1e9
     size = 2 if not world.model.is_file() else 4        # bfloat16 for SD3.5
-    return (size * base + 4 * (student + 3 * adapter)) / 1e9
+    return (size * base + 4 * (student + len(world.teachers) * adapter)) / 1e9
 
 
 # Who -> the script and its options.
@@ -284,20 +287,12 @@ def cost_runs(cfg, folder):
     world = World(TINY, [str(ROOT / f"ckpt/{task}.pt") for task in TASKS], 16, 4, 8, 8)
     large = folder / "large.safetensors"
     teachers = make_base(large, 128, 4, 32)
-    prompts = folder / "fourth"
-    prompts.mkdir()
-    (prompts / "train.txt").write_text("a photo of a red circle\n")
-    copied = read_adapter(world.teachers[0], load_mmdit(TINY).fingerprint)
-    path = save_adapter(folder / "fourth.pt", **{**copied, "task": "fourth"})
-    fourth = dict(teachers=[*world.teachers, str(path)], prompts=[f"fourth={prompts}"])
-    shares = [f"{task}=1" for task in (*TASKS, "fourth")]
 
     def options(**other):
         return our_options(world, cfg, 3, "", anchor="base", mix="batch", **other)
 
     def of_teachers(n):
-        chosen = fourth if n == 4 else dict(teachers=world.teachers[:n])
-        return options(**chosen, ratio=shares[:n])
+        return options(teachers=world.teachers[:n], ratio=[f"{task}=1" for task in TASKS[:n]])
 
     def of_side(side):
         file = large.with_name(f"side-{side}.safetensors")

@@ -27,10 +27,11 @@ from safetensors.torch import load_file
 
 from plumbing import cli
 from plumbing.files import read_pt
+from worlds.tiny_prompts import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = f"--model {ROOT}/ckpt/tiny.safetensors --device cpu --name run --save-every 1"
-TEACHERS = " ".join(f"{ROOT}/ckpt/{task}.pt" for task in ("geneval", "ocr", "quality"))
+TEACHERS = " ".join(f"{ROOT}/ckpt/{task}.pt" for task in TASKS)
 # What each stage runs: {iters} iterations of a few images, with a state after each.
 STAGES = {
     "grpo": f"train_grpo {MODEL} --tasks ocr --iters {{iters}} --batch 8 --group 4 --steps 4 "
@@ -40,7 +41,8 @@ STAGES = {
     "sft": f"train_sft {MODEL} --teachers {TEACHERS} --iters {{iters}} --batch 8 --samples 24 "
            "--steps 4",
     "base": "worlds.tiny_base --device cpu --out runs/tiny/base.safetensors --save-every 1 "
-            "--steps {iters} --pool 512 --vae-steps 10 --batch 16 --width 64 --depth 2",
+            "--steps {iters} --pool 512 --vae-steps 10 --text-steps 10 --batch 16 --width 64 "
+            "--depth 2",
 }
 TORCHRUN = ("torch.distributed.run --standalone --max-restarts={restarts} "
             "--nproc_per_node={ranks} -m")

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from checkpoints.cold_start import cold_start
 from checkpoints.teachers import attach, read_teachers
-from experiments.fixed_states import BASE, NOISE_LEVEL, NOISY, STEPS
 from experiments.jobs import TASKS, TEACHERS
+from experiments.results import BASE
 from experiments.tables import grid
 from plumbing import cli
 from plumbing.files import write_text
@@ -39,6 +39,10 @@ from sampler import (
 from sampler import log_prob as log_density
 from worlds import open_world
 
+# The rollout of stage 2: its steps, which of them take noise, and how much.
+STEPS = 8
+NOISY = range(5)
+NOISE_LEVEL = 0.7
 BATCH, GROUP = 64, 4                                    # images in all; images of one prompt
 DRAWS = (10, 100)                                       # samples from every state, for SAMPLED
 

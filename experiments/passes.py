@@ -5,10 +5,8 @@ A backward pass counts as two. Scoring and the VAE are left out. With the defaul
                    (1 + 2) and the reference (1)
     distillation   29 per image: 4 rollout steps, to the last supervised state; for each of the 5
                    supervised states, the teacher (1), the anchor (1) and the student (1 + 2)
-Where the anchor is the prompt's own teacher, the script computes one pass for both. They are
-counted as two here.
-
-The runs of reproduce.py are counted as they were made: their rollouts went on to the image.
+Where the anchor is the prompt's own teacher, or with --blend one of the others, the script computes
+one pass for both. They are counted as two here.
 """
 import train_grpo
 import train_opd
@@ -36,7 +34,7 @@ def supervised_steps(cfg):
     return 1 if cfg.one else end - first
 
 
-def opd_passes(cfg, whole):
+def opd_passes(cfg):
     targets = 1                                         # the prompt's own teacher
     if cfg.blend > 0:
         targets += len(cfg.teachers) - 1
@@ -45,20 +43,16 @@ def opd_passes(cfg, whole):
     if cfg.lam > 0:
         targets += 1                                    # the anchor
     states = supervised_steps(cfg)
-    rollout = cfg.steps if whole else train_opd.rollout_steps(cfg)
-    per_image = rollout + states * (targets + 3)
+    per_image = train_opd.rollout_steps(cfg) + states * (targets + 3)
     return cfg.iters * cfg.batch * per_image
 
 
-def passes(command, whole=True):
-    """The forward passes of a training command, computed from its options.
-
-    whole: distillation's rollouts go on to the image, as they once did.
-    """
+def passes(command):
+    """The forward passes of a training command, computed from its options."""
     script, *options = map(str, command)
     if script == "train_sft.py":
         return sft_passes(cli.parse(train_sft.Config, options))
     if script == "train_grpo.py":
         return grpo_passes(cli.parse(train_grpo.Config, options))
     assert script == "train_opd.py", f"unknown script {script}"
-    return opd_passes(cli.parse(train_opd.Config, options), whole)
+    return opd_passes(cli.parse(train_opd.Config, options))

@@ -1,64 +1,54 @@
-"""The plot of the results: curves over compute, and the variants at half of the budget."""
-import math
-
+"""The two charts of the results: what the gains cost, and what each model scores."""
 import numpy as np
 
 from experiments.intervals import mean_interval
-from experiments.jobs import PARTS, TASKS, commands
+from experiments.jobs import TASKS, TEACHER_JOBS, commands
 from experiments.passes import passes
-from experiments.results import collect, curve, score
-from experiments.tables import ROWS, part_of
+from experiments.results import collect, curve, scores
+from experiments.tables import COLUMN_NAMES, ROWS, own_passes
 
-# Run -> the style of its line.
-STYLES = {"geneval-again": "--", "ocr-again": "--", "quality-again": "--",
-          "opd-merge": "-", "opd-sft": ":"}
+COLOURS = dict(zip(TASKS, ("C0", "C1", "C2", "C3")))
 
 
-def draw_curves(axes, found):
-    """Plot the part of the teacher's gain that a run has reached, over its forward passes."""
+def draw_line(axes, found, name, task, style, label):
+    """The part of the teacher's gain that a run has, over its forward passes."""
+    points = curve(found, name, task)
+    if not points:
+        return
     plan = commands()
-    for name, style in STYLES.items():
-        if f"curve-{name}" not in found:
-            continue
-        whole = passes(plan[name])
-        start = passes(plan["sft"]) if name == "opd-sft" else 0
-        model = ROWS[name].strip("*") if name in ROWS else "GRPO"
-        for task, points in curve(found, name).items():
-            its = np.array([it for it, _ in points], float)
-            parts = np.array([part.mean for _, part in points])
-            halves = np.nan_to_num([part.half for _, part in points])
-            spent = (its * whole / its[-1] + start) / 1e6
-            axes.errorbar(spent, parts, halves, color=f"C{TASKS.index(task)}", linestyle=style,
-                          capsize=2, label=f"{task}, {model}")
-    axes.axhline(0.95, color="grey", linewidth=0.5)
-    axes.set(xlabel="million forward passes of one image",
-             ylabel="part of the teacher's gain over the base", ylim=(-0.4, 1.15))
-    axes.set_xscale("symlog", linthresh=0.02)
-    axes.set_xlim(left=-0.002)
-    axes.legend(fontsize=7)
+    iters = next(iter(found[name].values()))["iterations"]
+    whole = passes(plan[name])
+    spent = np.array([it * whole / iters + own_passes()[name] - whole for it, _ in points]) / 1e3
+    parts = [part.mean for _, part in points]
+    axes.plot(np.maximum(spent, 1), parts, style, color=COLOURS[task])
+    axes.annotate(label, (spent[-1], parts[-1]), xytext=(4, 0), textcoords="offset points",
+                  color=COLOURS[task], fontsize=8, va="center")
 
 
-def draw_variants(axes, found):
-    """Plot each variant's average score minus the default's.
+def draw_cost(axes, found):
+    """Dashed: each teacher by GRPO. Solid: the one student that has all of their skills."""
+    for task, name in TEACHER_JOBS.items():
+        draw_line(axes, found, name, task, "--", f"GRPO, {task}")
+        draw_line(axes, found, "opd", task, "-", "" if task != TASKS[0] else "Flow-OPD")
+    axes.axhline(1, color="grey", linewidth=0.5)
+    axes.set_xscale("log")
+    axes.set(xlabel="thousand forward passes of its own training",
+             ylabel="part of the teacher's gain over the base", ylim=(-0.5, 1.2))
 
-    A point with a bar is the mean over seeds and its interval. Each tick is one seed.
-    """
-    names = [name for name in found if name.startswith("half-")]
-    names.sort(key=lambda name: -PARTS.index(part_of(found, name)))
-    default = found.get("half", {})
+
+def draw_scores(axes, found):
+    """A row a model, a dot a task, with its interval."""
+    names = [name for name in ROWS if name in found][::-1]
     for y, name in enumerate(names):
-        differences = []
-        for seed, result in found[name].items():
-            if seed in default:
-                differences.append(score(result, "average") - score(default[seed], "average"))
-        mean, half = mean_interval(differences)
-        error = 0 if math.isnan(half) else half
-        axes.errorbar(mean, y, xerr=error, fmt="o", color="C0", capsize=3)
-        axes.plot(differences, [y] * len(differences), "|", color="grey")
-    axes.axvline(0, color="grey", linewidth=0.5)
-    axes.set_yticks(range(len(names)), [name.removeprefix("half-") for name in names])
-    axes.set(xlabel="average score minus the default's, at half of the budget")
-    axes.set_xscale("symlog", linthresh=0.02)
+        for n, task in enumerate(TASKS):
+            interval = mean_interval(scores(list(found[name].values()), task))
+            axes.errorbar(interval.mean, y + 0.12 * (1.5 - n), xerr=np.nan_to_num(interval.half),
+                          fmt="o", markersize=4, color=COLOURS[task],
+                          label=COLUMN_NAMES[n] if y == 0 else None)
+    axes.set_yticks(range(len(names)), [ROWS[name] for name in names])
+    axes.set(xlabel="score on held-out prompts", xlim=(0, 1.02))
+    axes.legend(loc="lower left", fontsize=8)
+    axes.grid(axis="y", linewidth=0.3)
 
 
 def plot(out):
@@ -67,8 +57,8 @@ def plot(out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     found = collect(out)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.5))
-    draw_curves(left, found)
-    draw_variants(right, found)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
+    draw_cost(left, found)
+    draw_scores(right, found)
     figure.tight_layout()
     figure.savefig(f"{out}.png", dpi=110)

@@ -9,7 +9,8 @@ it does, with the line of CostaliyA/Flow-OPD 434ab16 (OPD: scripts/train_sd3_opd
 flow_grpo/diffusers_patch/sd3_pipeline_with_logprob.py, conf: config/grpo.py, base: config/base.py):
 
 - Every teacher is a float32 copy of the whole transformer with its adapter, and so is the anchor,
-  beside the student (OPD:893-924). All of them stay on the device.
+  beside the student (OPD:893-924). All of them stay on the device. A teacher that only anchors is
+  one copy, the anchor's.
 - An iteration is of one task (OPD:1120). Each of its sampling batches has images of many prompts
   (OPD:111). Its prompts are encoded (OPD:1199-1205), all K steps take noise (roll:139-173), and its
   images are decoded at once (roll:181-184). Threads score them meanwhile (OPD:1246).
@@ -130,17 +131,19 @@ def loss_of(mean, logp, mean_teacher, mean_anchor, logp_old, sigma, beta):
 class Loop:
     """The networks, the optimiser and the two halves of an iteration.
 
-    model: a Model in float32; teachers: {task: adapter}; anchor: a task; world: judges the images.
+    model: a Model in float32; teachers: {task: adapter}; anchor: a task; mix: {task: its iterations
+    in a cycle}; world: judges the images.
     """
 
-    def __init__(self, model, world, teachers, anchor, cfg):
+    def __init__(self, model, world, teachers, anchor, mix, cfg):
         self.model = model
         self.world = world
         self.cfg = cfg
         self.tasks = list(teachers)
         self.times = schedule(cfg.steps).to(model.mmdit.pos_embed.device)
         self.trained = int(LAST * cfg.steps)
-        self.teachers = {task: self.whole(teacher) for task, teacher in teachers.items()}
+        self.teachers = {task: self.whole(teacher) for task, teacher in teachers.items()
+                         if mix[task]}
         self.anchor = self.whole(teachers[anchor])
         self.student = model.mmdit
         self.student.add_adapter("student", cfg.lora_r, cfg.lora_alpha, trainable=True)
@@ -288,9 +291,10 @@ def main(cfg):
     model = world.load(cfg.model, device, torch.float32, cfg.size)
     teachers = read_teachers(cfg.teachers, model.mmdit, world.tasks,
                              side=model.latent_shape()[-1])
-    pattern = [task for task, n in read_mix(cfg.ratio, list(teachers), world.ratio).items()
-               for _ in range(n)]
-    loop = Loop(model, world, teachers, find_anchor(cfg.anchor, cfg.beta, teachers), cfg)
+    mix = read_mix(cfg.ratio, list(teachers), world.ratio)
+    pattern = [task for task, n in mix.items() for _ in range(n)]
+    anchor = find_anchor(cfg.anchor, cfg.beta, teachers)
+    loop = Loop(model, world, teachers, anchor, mix, cfg)
 
     def draw(it):
         drawn = world.batch(pattern, cfg.batch // cfg.group, cfg.seed, it, "alternate")

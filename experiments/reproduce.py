@@ -3,7 +3,7 @@ Reproduce the paper's findings on the tiny world, with seeds and error bars: run
 
     python -m experiments.reproduce --dry-run                   # what would run, and how long
     python -m experiments.reproduce                             # all of it
-    python -m experiments.reproduce --parts main mar --seeds 0 1 2
+    python -m experiments.reproduce --parts teachers main --seeds 0 1 2
     python -m experiments.reproduce --tables                    # only the tables, from the results
 
 After a stop, the same command goes on where the run was. jobs.py has the plan. Each model is
@@ -13,7 +13,7 @@ prompts, 150 images per task. Settings are chosen by those scores.
 
 The numbers of a job go to results/reproduce/JOB.json, with its command, seed, commit and seconds.
 A job whose file is there is not run again. The repository contains the files of all jobs: give
-another --out to run them again. The cost table has seconds only of runs with --alone.
+another --out to run them again.
 """
 import json
 import os
@@ -26,15 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import fixed_states, jobs, plots, tables
-from experiments.results import (
-    ALL_SCORES,
-    HELD_OUT,
-    SECONDS_IT,
-    SNAPSHOT_TABLES,
-    TRAIN,
-    fixed_states_file,
-)
+from eval import ALL_SCORES, SCORES, TABLE
+from experiments import jobs, plots, tables, unseen
+from experiments.results import OF_BASE, SECONDS_IT, SNAPSHOTS, TRAIN, UNSEEN
 from plumbing import cli
 from plumbing.files import write_text
 from plumbing.folder import check_writable
@@ -43,23 +37,18 @@ from plumbing.folder import check_writable
 @dataclass
 class Config:
     # --- which jobs
-    # Parts of the plan: cost, main, seesaw, mar, cold, objectives, states, beyond, curves, fixed
-    # (default: all).
+    # Parts of the plan, see jobs.py (default: all).
     parts: list[str] = field(default_factory=list)
     # Names of jobs, such as half-lam0-s1 (default: all jobs of the parts).
     only: list[str] = field(default_factory=list)
-    # Seeds of all other jobs, except a few with one fixed seed (seeds_of in jobs.py).
+    # Seeds of the jobs.
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    # Seeds of the long GRPO runs on several rewards. 0 1 2 takes two hours more than 0.
-    grpo_seeds: list[int] = field(default_factory=lambda: [0])
 
     # --- how they run
     # Number of processes of each run: 1 or 2.
     ranks: int = 2
     # Use torch.compile in training: 1.5 times as fast on two CPU cores. It needs a C++ compiler.
     compile: bool = False
-    # State that nothing else runs on this machine, so that the measured seconds count.
-    alone: bool = False
     # Start no new job after this many minutes (0: no limit).
     stop_after: int = 0
     # Folder of the results.
@@ -112,29 +101,32 @@ def train(name, job, cfg):
     launch(job.command, cfg.ranks)
     log = Path(f"runs/rep-{name}/log.jsonl")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    return {"timed alone": cfg.alone,
-            SECONDS_IT: float(np.median([row["s/it"] for row in rows])),
+    return {SECONDS_IT: float(np.median([row["s/it"] for row in rows])),
             "iterations": len(rows),
             "last logged": rows[-1]}
 
 
 def evaluate_model(name, job, ranks):
-    """Evaluate on held-out prompts, then on training prompts."""
+    """Evaluate on held-out prompts, then on training prompts, then by what no reward sees."""
     held_out = evaluate(name, job, ranks, "--diversity")
     chosen = evaluate(name, job, ranks, "--split", "train", "--per-task", "150")
-    return {HELD_OUT: held_out[HELD_OUT]["it"],
+    return {OF_BASE: held_out["base"],
+            TABLE: held_out[TABLE]["it"],
             "diversity": held_out["diversity"]["it"],
-            "all scores": held_out[ALL_SCORES]["it"],
-            TRAIN: chosen[HELD_OUT]["it"]}
+            ALL_SCORES: held_out[ALL_SCORES]["it"],
+            TRAIN: chosen[TABLE]["it"],
+            UNSEEN: unseen.measure(job.checkpoints["it"], job.seed),
+            SCORES: held_out[SCORES]["it"]}
 
 
 def evaluate_snapshots(name, job, cfg):
     """Evaluate the snapshots of a run. The result of that run must be in the results' folder."""
     evaluated = evaluate(name, job, cfg.ranks, "--tasks", *job.tasks)
     source = json.loads((Path(cfg.out) / f"{job.source}.json").read_text())
-    return {"source": source["command"],
+    return {OF_BASE: evaluated["base"],
+            "source": source["command"],
             "s/it": source.get(SECONDS_IT),
-            SNAPSHOT_TABLES: evaluated[HELD_OUT]}
+            SNAPSHOTS: evaluated[SCORES]}
 
 
 def run(name, job, cfg):
@@ -147,19 +139,7 @@ def run(name, job, cfg):
         if job.command:
             result |= train(name, job, cfg)
         result |= evaluate_model(name, job, cfg.ranks)
-    write_text(Path(cfg.out) / f"{name}.json", json.dumps(result, indent=1))
-
-
-def measure_fixed_states(plan, out):
-    """Measure the distances of all finished runs, except the second teachers and their students."""
-    checkpoints = {}
-    for name, job in plan.items():
-        if job.source or "second" in name:
-            continue
-        path = job.checkpoints["it"]
-        if path == "base" or Path(path).exists():
-            checkpoints[name] = path
-    fixed_states.measure(fixed_states_file(out), checkpoints)
+    write_text(Path(cfg.out) / f"{name}.json", json.dumps(result))
 
 
 # ------------------------------------------------------------------ all jobs
@@ -175,9 +155,8 @@ def check(cfg, plan):
     if cfg.ranks not in (1, 2):
         raise ValueError(f"--ranks {cfg.ranks}: expected 1 or 2, "
                          "which divide the batches of the tiny world")
-    for flag, seeds in (("--seeds", cfg.seeds), ("--grpo-seeds", cfg.grpo_seeds)):
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{flag} {' '.join(map(str, seeds))}: expected each seed once")
+    if len(set(cfg.seeds)) < len(cfg.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, cfg.seeds))}: expected each seed once")
     check_writable(Path(cfg.out))
     if cfg.plot and not find_spec("matplotlib"):
         raise ValueError("--plot: needs matplotlib; pip install matplotlib")
@@ -202,9 +181,14 @@ def check_inputs(todo, plan, out):
     The repository contains the results, but not the folder runs/.
     """
     made = {f"rep-{name}" for name, job in todo.items() if job.command}
+    results = {path for job in todo.values() if job.command for path in job.checkpoints.values()}
     for name, job in todo.items():
         for path in [*job.checkpoints.values(), *job.command]:
-            if not path.startswith("runs/") or Path(path).exists():
+            if Path(path).exists() or path in results:
+                continue
+            if path.startswith("ckpt/"):
+                raise ValueError(f"{name} needs {path}, a teacher: run part teachers too")
+            if not path.startswith("runs/"):
                 continue
             folder = Path(path).parts[1]
             if folder in made:
@@ -253,7 +237,7 @@ def run_all(todo, left, cfg):
 
 
 def main(cfg):
-    plan = jobs.plan(cfg.seeds, cfg.grpo_seeds, cfg.compile)
+    plan = jobs.plan(cfg.seeds, cfg.compile)
     check(cfg, plan)
     page = tables.PAGE if cfg.out == Config.out else None
     if cfg.tables:
@@ -269,8 +253,6 @@ def main(cfg):
     failed = run_all(todo, seconds, cfg)
     if failed is None:
         return
-    if "fixed" in cfg.parts or not cfg.parts + cfg.only:
-        measure_fixed_states(plan, cfg.out)
     tables.write_tables(cfg.out, page)
     if failed:
         raise ValueError(f"failed: {', '.join(failed)}; the same command tries them again")

@@ -1,121 +1,136 @@
-"""Read the results on the disk, and compute gains over the base and curves from them.
+"""Read the results on the disk: the scores of models on the same prompts, drawn anew or not.
 
 "found" is always what collect returns: {job without its seed: {seed: its result}}.
 """
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from experiments.intervals import ratio_interval
-from experiments.jobs import SECOND, TASKS
+from eval import SCORES
+from experiments.intervals import DRAWS, ratio_interval
+from experiments.jobs import TASKS, TEACHER_JOBS
+from experiments.unseen import BASE
+from worlds import open_world
 
-# Keys of a result. The first is also a key of eval.py's JSON.
-HELD_OUT = "table: mean, standard error, n"
+# Keys of a result.
+OF_BASE = "fingerprint of the base"
 TRAIN = "on training prompts (to choose settings by)"
-ALL_SCORES = "all scores: mean, standard error"         # also a key of eval.py's JSON
-SNAPSHOT_TABLES = "iteration -> table"
+SNAPSHOTS = "iteration -> scores of each image"
+UNSEEN = "what no reward sees"
 SECONDS_IT = "s/it, median"
 
 
 def collect(out):
-    """Read all results in the folder out: {job without its seed: {seed: its result}}."""
+    """Read all results in the folder out: {job without its seed: {seed: its result}}.
+
+    ValueError if they are of different bases, as then the prompts may differ too.
+    """
     found = {}
+    bases = {}
     for file in sorted(Path(out).glob("*-s*.json")):
-        if file.stem == "fixed-states":
-            continue
         name, seed = file.stem.rsplit("-s", 1)
-        found.setdefault(name, {})[int(seed)] = json.loads(file.read_text())
+        result = json.loads(file.read_text())
+        found.setdefault(name, {})[int(seed)] = result
+        bases.setdefault(result[OF_BASE], file)
+    if len(bases) > 1:
+        one, other, *_ = bases.values()
+        raise ValueError(f"{one} and {other}: are of different bases; expected results of one "
+                         "world")
     return found
 
 
-def fixed_states_file(out):
-    return Path(out) / "fixed-states.json"
+def image_weights(tags, prompts, draws=DRAWS):
+    """(1 + draws, n): how much each of n images counts in the mean over tags of each tag's mean.
 
-
-def read_fixed_states(out):
-    """{job: {set of states: {task: KL}}}, or {} if fixed_states.py has not run yet."""
-    file = fixed_states_file(out)
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def score(result, column, table=HELD_OUT):
-    """The mean of a column of a result's table."""
-    return result[table][column][0]
-
-
-def teachers_of(name):
-    """{task: name of the teacher's result} for the teachers that a model is compared with.
-
-    They are those that taught it, or else the shipped ones.
+    tags, prompts: what each image shows. Row 0 has all prompts as they are. In each other row the
+    prompts of each tag were drawn anew, with replacement.
     """
-    if name == "opd-second":
-        return dict(zip(TASKS, SECOND))
-    return dict(zip(TASKS, TASKS))
+    rng = np.random.default_rng(0)
+    images = {}                                     # tag -> prompt -> its images
+    for i, (tag, prompt) in enumerate(zip(tags, prompts)):
+        images.setdefault(tag, {}).setdefault(prompt, []).append(i)
+    table = np.zeros((1 + draws, len(tags)))
+    for by_prompt in images.values():
+        rows = list(by_prompt.values())
+        repeats = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), draws)
+        repeats = np.vstack([np.ones(len(rows)), repeats])                  # (1 + draws, prompts)
+        counted = repeats @ np.array([len(row) for row in rows])            # images in each draw
+        for row, repeat in zip(rows, repeats.T):
+            table[:, row] = (repeat / counted / len(images))[:, None]
+    return table
 
 
-def shared_seeds(found, name, others):
-    """The seeds for which the model and all others have a result."""
-    seeds = []
-    for seed in found.get(name, ()):
-        if all(seed in found.get(other, ()) for other in others):
-            seeds.append(seed)
-    return seeds
+@cache
+def weights(task, n):
+    """The image_weights of a task's n held-out images. Only GenEval's score is a mean over tags."""
+    metas = open_world(BASE).eval_prompts(task, n)
+    tags = [meta["tag"] if task == "geneval" else task for meta in metas]
+    return image_weights(tags, [meta["prompt"] for meta in metas])
 
 
-def gains(found, name, seeds, task):
-    """The gains of a model and of the task's teacher over the base: (S,) each, one per seed.
+def scores(results, column):
+    """(1 + DRAWS, S) scores of S results. column: a task, or average."""
+    if column == "average":
+        return np.mean([scores(results, task) for task in TASKS], axis=0)
+    images = np.array([result[SCORES][column] for result in results])       # (S, n)
+    return weights(column, images.shape[1]) @ images.T
 
-    For each seed all three have the same prompts and the same noise.
-    """
-    base = [score(found["base"][seed], task) for seed in seeds]
-    model = [score(found[name][seed], task) for seed in seeds]
-    teacher = [score(found[teachers_of(name)[task]][seed], task) for seed in seeds]
-    return np.subtract(model, base), np.subtract(teacher, base)
+
+def pick(found, name, seeds):
+    return [found[name][seed] for seed in seeds]
+
+
+def shared_seeds(found, *names):
+    """The seeds for which all of these models have a result."""
+    return sorted(set.intersection(*(set(found.get(name, ())) for name in names)))
+
+
+def minus(found, name, other, column, seeds):
+    """Model minus other, (1 + DRAWS, S), with the same prompts and noise."""
+    return scores(pick(found, name, seeds), column) - scores(pick(found, other, seeds), column)
+
+
+def gains(found, name, task, seeds):
+    """The gains of a model and of the task's teacher over the base, (1 + DRAWS, S) each."""
+    base = scores(pick(found, "base", seeds), task)
+    model = scores(pick(found, name, seeds), task) - base
+    return model, scores(pick(found, TEACHER_JOBS[task], seeds), task) - base
 
 
 # ------------------------------------------------------------------ curves
 
-# Student -> the model that it starts from. Other runs start from the base.
-START = {"opd-merge": "merge", "opd-second": "merge-second", "opd-sft": "sft"}
+
+# Run -> the model that it starts from. Others start from the base.
+START = {"opd": "merge", "opd-sft": "sft"}
 
 
-def curve(found, name):
-    """The part of the teacher's gain that a run has reached: {task: [(iteration, Interval)]}.
+def curve(found, name, task):
+    """The part of the teacher's gain that a run has along its way: [(iteration, Interval)].
 
-    It goes from iteration 0 to the end of the run. A GRPO run is compared with its own end, so it
-    ends at 1 by definition. A student is compared with the teachers that taught it.
+    It begins with what the run starts from, at iteration 0, and ends with its result.
     """
     start = START.get(name, "base")
-    tasks = TASKS
-    if name.endswith("again"):
-        tasks = (name.removesuffix("-again"),)
-    points = {}
-    for task in tasks:
-        goal = name if start == "base" else teachers_of(name)[task]
-        seeds = shared_seeds(found, f"curve-{name}", (start, goal, "base", name))
-        if seeds:
-            base = [score(found["base"][seed], task) for seed in seeds]
-            whole = [score(found[goal][seed], task) for seed in seeds]
-            points[task] = []
-            for it, scores in on_the_way(found, name, start, seeds, task):
-                part = ratio_interval(np.subtract(scores, base), np.subtract(whole, base))
-                points[task].append((it, part))
+    seeds = shared_seeds(found, name, f"curve-{name}", "base", start, TEACHER_JOBS[task])
+    if not seeds:
+        return []
+    base = scores(pick(found, "base", seeds), task)
+    goal = scores(pick(found, TEACHER_JOBS[task], seeds), task) - base
+    ends = pick(found, name, seeds)
+    images = {0: pick(found, start, seeds), ends[0]["iterations"]: ends}
+    shots = [result[SNAPSHOTS] for result in pick(found, f"curve-{name}", seeds)]
+    for it in shots[0]:
+        images[int(it)] = [{SCORES: shot[it]} for shot in shots]
+    points = []
+    for it in sorted(images):
+        if task in images[it][0][SCORES]:
+            gain = scores(images[it], task) - base
+            points.append((it, ratio_interval(gain, goal)))
     return points
 
 
-def on_the_way(found, name, start, seeds, task):
-    """[(iteration, scores of a task, one per seed)] of a run, in order of the iterations."""
-    end = found[name][seeds[0]]["iterations"]
-    scores = {0: [score(found[start][seed], task) for seed in seeds],
-              end: [score(found[name][seed], task) for seed in seeds]}
-    tables = {seed: found[f"curve-{name}"][seed][SNAPSHOT_TABLES] for seed in seeds}
-    for it in tables[seeds[0]]:
-        scores[int(it)] = [tables[seed][it][task][0] for seed in seeds]
-    return sorted(scores.items())
-
-
-def reached(points, enough=0.95):
+def reached(points, enough):
     """The first iteration from which all later points of a curve are at least enough, or None."""
     first = None
     for it, part in points:

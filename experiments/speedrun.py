@@ -30,11 +30,11 @@ import train_opd
 from checkpoints.cold_start import MERGES
 from checkpoints.formats import read
 from checkpoints.teachers import attach, read_teachers
+from eval import ALL_SCORES, TABLE
 from experiments.intervals import show_mean
-from experiments.jobs import TASKS, TEACHERS
+from experiments.jobs import ROUTED, TEACHERS
 from experiments.passes import passes
 from experiments.reproduce import commit, launch
-from experiments.results import ALL_SCORES, HELD_OUT
 from experiments.tables import grid
 from plumbing import cli
 from plumbing.files import write_text
@@ -47,9 +47,9 @@ BASE = "ckpt/tiny.safetensors"
 ENOUGH = 0.95                                   # the part of a teacher's gain to reach
 SURE = 0.01                                     # the largest p of a record
 # Held-out images of each task. GenEval's gain is small against its noise, so it has most.
-IMAGES = {"geneval": 2400, "ocr": 300, "quality": 300}
+IMAGES = {"geneval": 2400, "ocr": 300, "preference": 300}
 # Images of each task on training prompts, for --screen.
-SCREENED = {"geneval": 162, "ocr": 48, "quality": 48}
+SCREENED = {"geneval": 162, "ocr": 48, "preference": 48}
 
 
 @dataclass
@@ -132,7 +132,7 @@ def shares(results, goal, task):
 def is_record(results, goal):
     """Does every task reach its score, with p < 0.01 over the seeds?"""
     return len(results) >= 3 and all(p_value(margins(results, goal, task)) < SURE
-                                     for task in TASKS)
+                                     for task in ROUTED)
 
 
 # ------------------------------------------------------------------ held-out prompts
@@ -152,9 +152,9 @@ def evaluate(out, ckpts, tasks, ranks):
 def make_goal(ranks):
     """Judge the base on all tasks and each teacher on its own, and write goal.json."""
     goal = {"images": IMAGES, "commit": commit(), "base": {}, "teachers": {}, "errors": {}}
-    for task in TASKS:
+    for task in ROUTED:
         found = evaluate(f"runs/speedrun-goal-{task}", {"base": "base", task: TEACHERS[task]},
-                         [task], ranks)[HELD_OUT]
+                         [task], ranks)[TABLE]
         goal["base"][task] = found["base"][task][0]
         goal["teachers"][task] = found[task][task][0]
         goal["errors"][task] = found[task][task][1]
@@ -166,9 +166,9 @@ def judge(name, seed, ranks):
     ckpts = {"student": student(name, seed)}
     out = f"runs/{run_name(name, seed)}/eval"
     geneval = evaluate(f"{out}-geneval", ckpts, ["geneval"], ranks)
-    others = evaluate(f"{out}-others", ckpts, ["ocr", "quality"], ranks)
-    table = {**others[HELD_OUT]["student"], **geneval[HELD_OUT]["student"]}
-    return {"scores": {task: table[task] for task in TASKS},
+    others = evaluate(f"{out}-others", ckpts, ["ocr", "preference"], ranks)
+    table = {**others[TABLE]["student"], **geneval[TABLE]["student"]}
+    return {"scores": {task: table[task] for task in ROUTED},
             "quality of GenEval's pictures": geneval[ALL_SCORES]["student"]["quality on geneval"],
             "diversity of GenEval's pictures": geneval["diversity"]["student"]["geneval"]}
 
@@ -182,7 +182,7 @@ def train(name, seed, ranks):
     launch(words, ranks)
     log = Path(f"runs/{run_name(name, seed)}/log.jsonl").read_text()
     rows = [json.loads(line) for line in log.splitlines()]
-    return {"command": " ".join(words), "passes": passes(words, whole=False),
+    return {"command": " ".join(words), "passes": passes(words),
             "seconds": sum(row["s/it"] for row in rows), "log": rows}
 
 
@@ -227,7 +227,7 @@ def distances(student):
         own.adapter = "student"
         model.mmdit.add_adapter("student", found["r"], found["alpha"], found["tensors"])
     far = {}
-    for task in TASKS:
+    for task in ROUTED:
         goal = draw(model, Policy(model.mmdit, task), world, task)
         base = draw(model, Policy(model.mmdit), world, task)
         distance = (draw(model, own, world, task) - goal).square().mean()
@@ -260,7 +260,8 @@ def collect(name, out):
 
 def record_table(entries, out):
     """The entries that were judged on held-out prompts, from most passes to fewest."""
-    goal = json.loads((OUT / "goal.json").read_text())
+    file = OUT / "goal.json"
+    goal = json.loads(file.read_text()) if file.exists() else {}
     judged = {name: collect(name, out) for name in entries}
     judged = {name: results for name, results in judged.items() if results}
     rows = []
@@ -269,7 +270,7 @@ def record_table(entries, out):
         row = [f"`{name}`", entries[name]["date"], f"{results[0]['passes'] / 1e3:.0f}",
                show_mean([result["seconds"] for result in results], ".0f"),
                " ".join(str(result["seed"]) for result in results)]
-        for task in TASKS:
+        for task in ROUTED:
             cell = show_mean(shares(results, goal, task), ".3f")
             if len(results) >= 3:
                 cell += f" (p {p_value(margins(results, goal, task)):.4f})"
@@ -280,7 +281,7 @@ def record_table(entries, out):
         row.append(f"[log](../{out}/{name}-s{results[0]['seed']}.jsonl)")
         rows.append([*row, f"`{entries[name]['options']}`", entries[name]["why"]])
     return grid(["entry", "date", "thousand passes", "seconds", "seeds", "GenEval", "OCR",
-                 "quality", "quality reward of GenEval's pictures", "their diversity", "reached",
+                 "preference", "quality reward of GenEval's pictures", "their diversity", "reached",
                  "log", "options", "what is new"], rows)
 
 
@@ -292,10 +293,10 @@ def tried_table(entries, out):
     for name, result in screened.items():
         far = result["distances"]
         row = [f"`{name}`", f"`{entries[name]['options']}`", f"{result['passes'] / 1e3:.1f}"]
-        row += [f"{far[task]:.3f}" for task in TASKS]
+        row += [f"{far[task]:.3f}" for task in ROUTED]
         rows.append([*row, entries[name]["why"]])
-    return grid(["entry", "options", "thousand passes", "GenEval", "OCR", "quality", "what it is"],
-                rows)
+    return grid(["entry", "options", "thousand passes", "GenEval", "OCR", "preference",
+                 "what it is"], rows)
 
 
 def make_tables(out):

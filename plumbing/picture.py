@@ -14,6 +14,23 @@ def to_bytes(image):
     return (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
 
 
+def columns(shown):
+    """The columns of the picture: models that are named after the tasks share one, "its teacher".
+
+    shown: {label: {task: cells}}. With a model for each task, a row shows that of its own task.
+    """
+    tasks = next(iter(shown.values()))
+    if not all(task in shown for task in tasks):
+        return shown
+    merged = {}
+    for label, cells in shown.items():
+        if label in tasks:
+            merged.setdefault("its teacher", {})[label] = cells[label]
+        else:
+            merged[label] = cells
+    return merged
+
+
 def choose_rows(shown, rows):
     """Choose `rows` prompts, about equally many per task. Returns [(task, index)].
 
@@ -40,6 +57,7 @@ def draw_grid(shown, path, rows, scale=3):
 
     scale: images smaller than 128 pixels are enlarged by it; all others are drawn with side 256.
     """
+    shown = columns(shown)
     labels = list(shown)
     chosen = choose_rows(shown, rows)
     task, i = chosen[0]

@@ -31,7 +31,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def teachers(here):
-    """The paths of three random teachers of the tiny world. The one of quality is the anchor."""
+    """The paths of random teachers, one of each task of the tiny world. Quality's is the anchor."""
     from tiny_runs import make_teacher
 
     from worlds.tiny_prompts import TASKS

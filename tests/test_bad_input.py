@@ -4,6 +4,7 @@ docs/bad-input.md is made of the table:
 
     PYTHONPATH=. .venv/bin/python tests/test_bad_input.py > docs/bad-input.md
 """
+import functools
 import os
 import shlex
 import shutil
@@ -24,15 +25,17 @@ import scorers.__main__ as score_folder
 import train_grpo
 import train_opd
 import train_sft
+import worlds
 from experiments import bench, fullsize, kills, reproduce
 from plumbing import cli
 from plumbing.files import write_pt
 from worlds import presets, tiny_base
+from worlds.tiny_prompts import TASKS
 
 # ------------------------------------------------------------------ the table
 
 # script -> its module, the options that its bad ones are added to, its positional fields.
-TEACHERS = "--teachers ckpt/geneval.pt ckpt/ocr.pt ckpt/quality.pt"
+TEACHERS = "--teachers " + " ".join(f"ckpt/{task}.pt" for task in TASKS)
 SCRIPTS = {
     "train_grpo.py": (train_grpo, "--tasks ocr", ()),
     "train_opd.py": (train_opd, TEACHERS, ()),
@@ -48,20 +51,21 @@ SCRIPTS = {
     "experiments.kills": (kills, "", ()),
 }
 # script -> [(options, the message)]. A message that ends in "..." goes on with what depends on the
-# machine, or with a long list. HERE is the current folder. bad_files makes the files.
+# machine, or with a long list. HERE is the current folder, BASE the fingerprint of the shipped
+# base. bad_files makes the files.
 BAD = {
     "train_grpo.py": [
         ("--tasks dance",
-         "--tasks dance: unknown task; the world of this model has geneval, ocr, quality; "
-         "--prompts dance=DIR makes a new one"),
+         "--tasks dance: unknown task; the world of this model has geneval, ocr, preference, "
+         "quality; --prompts dance=DIR makes a new one"),
         ("--tasks", "argument --tasks: expected at least one argument"),
         ("--tasks ocr ocr", "--tasks ocr ocr: expected each task once, at least one"),
         ("--reward beauty", "reward 'beauty': got 'beauty', expected one of ..."),
         ("--reward geneval", "--reward geneval does not fit task 'ocr': ..."),
         ("--tasks quality --reward ocr",
          "--reward ocr does not fit task 'quality': OCR prompt: got 'a poster of three "
-         "circles', expected the wanted text in straight double quotes, as in: a sign "
-         'saying "open"'),
+         "green triangles', expected the wanted text in straight double quotes, as in: a "
+         'sign saying "open"'),
         ("--reward ocr ocr", "--reward: got 2 values for 1 tasks (ocr)"),
         ("--reward ocr=-1",
          "reward 'ocr=-1': got weight '-1' for ocr, expected a positive, finite number"),
@@ -174,13 +178,13 @@ BAD = {
          "settings; it lacks anchor, base, r, alpha, tensors, settings"),
         ("--teachers other.pt",
          "other.pt: is an adapter of base 0000000000000000, but --model has fingerprint "
-         "00a9cbf85c3853de; an adapter fits the base it was trained on"),
+         "BASE; an adapter fits the base it was trained on"),
         ("--teachers ckpt/ocr.pt second.pt",
          "second.pt: is a second teacher of 'ocr', after ckpt/ocr.pt; a prompt is routed "
          "to one"),
         ("--teachers dance.pt",
-         "dance.pt: is trained on 'dance', expected one of geneval, ocr, quality, to which "
-         "prompts can be routed"),
+         "dance.pt: is trained on 'dance', expected one of geneval, ocr, preference, "
+         "quality, to which prompts can be routed"),
         ("--teachers misshapen.pt --lam 0",
          "misshapen.pt: tensor 'joint_blocks.0.context_block.attn.proj.A' is (1, 4, 128), "
          "expected (1, 5, 128) (29 more do not fit)"),
@@ -198,30 +202,32 @@ BAD = {
          "--blend 0.5: there is one teacher, so none to blend it with"),
         ("--anchor beauty",
          "--anchor beauty: expected the task of a teacher or the base (geneval, ocr, "
-         "quality, base), and --lam > 0; got --lam 0.02"),
+         "preference, quality, base), and --lam > 0; got --lam 0.02"),
         ("--anchor ocr --lam 0",
-         "--anchor ocr: expected the task of a teacher or the base (geneval, ocr, quality, "
-         "base), and --lam > 0; got --lam 0.0"),
+         "--anchor ocr: expected the task of a teacher or the base (geneval, ocr, "
+         "preference, quality, base), and --lam > 0; got --lam 0.0"),
         ("--lam -1", "--lam -1.0: expected a finite number of 0 or more"),
-        ("--ratio geneval=0 ocr=0 quality=0",
-         "--ratio geneval=0 ocr=0 quality=0: expected a number for each of geneval, ocr, "
-         "quality (0 leaves a task out), not all 0"),
-        ("--ratio geneval=1.5 ocr=1 quality=1",
+        ("--teachers ckpt/quality.pt",
+         "no prompt is routed to quality by default; expected shares: --ratio quality=1"),
+        ("--ratio geneval=0 ocr=0 preference=0 quality=0",
+         "--ratio geneval=0 ocr=0 preference=0 quality=0: expected a number for each of "
+         "geneval, ocr, preference, quality (0 leaves a task out), not all 0"),
+        ("--ratio geneval=1.5 ocr=1 preference=1 quality=0",
          "--ratio geneval=1.5: expected TASK=N with one of the tasks (geneval, ocr, "
-         "quality), each at most once, and a whole number of 0 or more"),
-        ("--ratio geneval=99999999 ocr=1 quality=1",
-         "--ratio geneval=99999999 ocr=1 quality=1: expected shares that add up to at most "
-         "1000"),
+         "preference, quality), each at most once, and a whole number of 0 or more"),
+        ("--ratio geneval=99999999 ocr=1 preference=1 quality=0",
+         "--ratio geneval=99999999 ocr=1 preference=1 quality=0: expected shares that add "
+         "up to at most 1000"),
         ("--merge geneval=1",
-         "--merge geneval=1: expected a number for each of geneval, ocr, quality (0 leaves "
-         "a task out), not all 0"),
-        ("--init none --merge geneval=1 ocr=1 quality=1",
-         "--merge geneval=1 ocr=1 quality=1: --init none merges no teachers"),
+         "--merge geneval=1: expected a number for each of geneval, ocr, preference, "
+         "quality (0 leaves a task out), not all 0"),
+        ("--init none --merge geneval=1 ocr=1 preference=1 quality=1",
+         "--merge geneval=1 ocr=1 preference=1 quality=1: --init none merges no teachers"),
         ("--lora-r 4",
          "--lora-r 4 --lora-alpha None: are for a new adapter; with --init merge --full "
          "False there is none whose rank can be chosen"),
         ("--init truncate --lora-r 99",
-         "--init truncate --lora-r 99: the exact merge has rank 48; expected no more"),
+         "--init truncate --lora-r 99: the exact merge has rank 64; expected no more"),
         ("--init factors --full",
          "--init factors --full: is about an adapter's factors; a whole transformer starts "
          "from merge, none, or a checkpoint"),
@@ -252,9 +258,9 @@ BAD = {
         ("--kl-scale 2", "--kl-scale 2.0 --objective kl: is for --objective mixed"),
         ("--clip 0.2",
          "--clip 0.2 --objective kl: there is no ratio to clip; is for pg, released, mixed"),
-        ("--reward ocr ocr ocr",
-         "--reward ocr ocr ocr: no image is scored here; it is for --objective mixed and "
-         "--drop-equal"),
+        ("--reward ocr ocr ocr ocr",
+         "--reward ocr ocr ocr ocr: no image is scored here; it is for --objective mixed "
+         "and --drop-equal"),
         ("--drop-equal --group 1",
          "--group 1: rewards are compared within a prompt, so at least 2 images are needed"),
         ("--states teacher --objective pg",
@@ -286,9 +292,11 @@ BAD = {
         ("--times x", "argument --times: invalid choice: 'x' (choose ..."),
         ("--batch 0", "--batch 0: expected a finite number greater than 0"),
         ("--lora-r 0", "--lora-r 0: expected a finite number greater than 0"),
-        ("--ratio geneval=-1 ocr=1 quality=1",
+        ("--ratio geneval=-1 ocr=1 preference=1 quality=0",
          "--ratio geneval=-1: expected TASK=N with one of the tasks (geneval, ocr, "
-         "quality), each at most once, and a whole number of 0 or more"),
+         "preference, quality), each at most once, and a whole number of 0 or more"),
+        ("--teachers ckpt/quality.pt",
+         "no prompt is routed to quality by default; expected shares: --ratio quality=1"),
         ("--name .",
          "--name '.': expected the name of a folder in runs/, without slashes, and without "
          "dots or spaces at its ends"),
@@ -301,17 +309,19 @@ BAD = {
         ("--also beauty",
          "reward 'geneval_benchmark,beauty,geneval_strict': got 'beauty', expected one of "
          "..."),
-        ("--tasks dance", "--tasks dance: expected some of geneval, ocr, quality, each once"),
-        ("--tasks ocr ocr", "--tasks ocr: expected some of geneval, ocr, quality, each once"),
+        ("--tasks dance",
+         "--tasks dance: expected some of geneval, ocr, preference, quality, each once"),
+        ("--tasks ocr ocr",
+         "--tasks ocr: expected some of geneval, ocr, preference, quality, each once"),
         ("--score ocr",
          "--score ocr: expected TASK=REWARD, each task once; tasks are geneval, ocr, "
-         "quality, rewards ..."),
+         "preference, quality, rewards ..."),
         ("--score ocr=beauty",
          "--score ocr=beauty: expected TASK=REWARD, each task once; tasks are geneval, "
-         "ocr, quality, rewards ..."),
-        ("--rows 2", "--rows 2: expected at least one a task (3), at most --per-task 600"),
-        ("--per-task 3 --rows 3",
-         "--per-task 3: expected at least 12 images a task, a multiple of the 1 rank(s)"),
+         "ocr, preference, quality, rewards ..."),
+        ("--rows 3", "--rows 3: expected at least one a task (4), at most --per-task 600"),
+        ("--per-task 4 --rows 4",
+         "--per-task 4: expected at least 12 images a task, a multiple of the 1 rank(s)"),
         ("--per-task 1000000000", "--per-task 1000000000: expected at most 100000"),
         ("--each 5", "--each 5 --layout numbers: are for pictures of --prompt or --prompt-file"),
         ("--out .", "--out '.': expected the start of file names, such as runs/eval"),
@@ -335,7 +345,7 @@ BAD = {
         ("--depth 0", "--depth 0: expected a finite number greater than 0"),
         ("--width 33", "--width 33: expected a multiple of 32, the width of a head"),
         ("--width 100000000", "--width 100000000: expected at most 16384"),
-        ("--pool 100", "--batch 64 and --pool 100: expected multiples of 1 and 256 with 1 ranks"),
+        ("--pool 100", "--batch 128 and --pool 100: expected multiples of 1 and 256 with 1 ranks"),
         ("--vae-steps 0", "--vae-steps 0: expected a finite number greater than 0"),
         ("--dropout nan", "--dropout nan: expected a finite number of 0 or more"),
         ("--dropout 1.5", "--dropout 1.5: a part of the captions; expected 0 <= dropout < 1"),
@@ -387,8 +397,8 @@ BAD = {
     ],
     "experiments.reproduce": [
         ("--parts fly",
-         "--parts fly: expected some of cost, main, seesaw, mar, cold, objectives, states, "
-         "beyond, curves, fixed"),
+         "--parts fly: expected some of teachers, main, seesaw, states, mar, cold, objectives, "
+         "targets, curves"),
         ("--only fly", "--only fly: expected some of ..."),
         ("--ranks 3", "--ranks 3: expected 1 or 2, which divide the batches of the tiny world"),
         ("--seeds -1", "--seeds -1: expected a finite number of 0 or more"),
@@ -422,8 +432,8 @@ TOP = """# Bad input
 What {n} wrong command lines get. Each ends with one line and exit code 2, before anything is drawn,
 trained or written. The options in a table are added to the command above it. Of an option that is
 given twice, the last one counts. `...` stands for a long list, or for what depends on the machine.
-HERE is the current folder. tests/test_bad_input.py has the table, makes this page, and checks each
-line."""
+HERE is the current folder, BASE the fingerprint of the shipped base. tests/test_bad_input.py has
+the table, makes this page, and checks each line."""
 
 
 def page():
@@ -494,6 +504,11 @@ def refusal(script, options, capsys):
     raise AssertionError("accepted")
 
 
+@functools.cache
+def base_fingerprint():
+    return worlds.load(BASE).fingerprint
+
+
 # What takes time: a script comes to one of these when it has accepted its input.
 SLOW = [(sampler.Sampler, "rollout"), (evaluation, "sample"), (evaluation, "draw_noise"),
         (train_grpo, "draw_noise"), (train_opd, "draw_noise"), (train_sft, "sample"),
@@ -517,6 +532,7 @@ def test_bad_input_is_one_clear_line_before_any_time_is_spent(bad_folder, monkey
     monkeypatch.delenv("UNIFIEDREWARD_URL", raising=False)
     before = set(bad_folder.rglob("*"))
     got = refusal(script, options, capsys).replace(str(bad_folder), "HERE")
+    got = got.replace(base_fingerprint(), "BASE")
     assert "\n" not in got
     if message.endswith("..."):
         assert got.startswith(message.removesuffix("...").rstrip())

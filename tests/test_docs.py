@@ -180,7 +180,7 @@ def test_the_readmes_reward_is_one(monkeypatch):
     monkeypatch.setattr(rewards, "REWARDS", dict(rewards.REWARDS))
     exec(example("brightness"), vars(rewards))
     images = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.5)])
-    world = SimpleNamespace(read=None, quality=None)
+    world = SimpleNamespace(read=None, quality=None, preference=None)
     scored = rewards.score({"brightness": 1.0}, images, [{}, {}], world)
     assert scored["total"].tolist() == [0.0, 0.5]
     del rewards.brightness

@@ -28,7 +28,8 @@ def test_a_reward_is_a_function_and_a_line(here, monkeypatch):
     teacher = read("runs/bright/adapter.pt", worlds.load(BASE).mmdit)
     assert teacher["task"] == "quality"
     assert teacher["reward"] == {"quality": {"brightness": 1.0}}
-    opd(iters=1, teachers=["quality=runs/bright/adapter.pt"], name="bright-student")
+    opd(iters=1, teachers=["quality=runs/bright/adapter.pt"], ratio=["quality=1"],
+        name="bright-student")
     assert log("bright-student")[0]["kl_quality"] >= 0
 
 
@@ -49,7 +50,7 @@ def test_a_peft_folder_is_a_teacher_of_the_task_it_is_called_by(here, teachers):
     torch.manual_seed(7)
     adapter = {"tensors": random_like(net.adapter("t")), "r": 4, "alpha": 8.0}
     write_peft(here / "folder", adapter, BASE)
-    opd(iters=1, teachers=["ocr=folder", teachers[2]], name="peft", ratio=["ocr=1", "quality=1"])
+    opd(iters=1, teachers=["ocr=folder", teachers[-1]], name="peft", ratio=["ocr=1", "quality=1"])
     row = log("peft")[0]
     assert row["kl_ocr"] > 0
     assert row["kl_quality"] > 0

@@ -30,6 +30,7 @@ import worlds
 from plumbing import dist
 from plumbing.files import read_pt
 from worlds import tiny_base
+from worlds.tiny_prompts import TASKS
 
 SMALL = ["--model", BASE, "--steps", "4", "--device", "cpu"]
 
@@ -131,7 +132,7 @@ def table_of_ranks(iters=10):
 
     AssertionError from a thousandth on.
     """
-    teachers = [str(ROOT / f"ckpt/{task}.pt") for task in ("geneval", "ocr", "quality")]
+    teachers = [str(ROOT / f"ckpt/{task}.pt") for task in TASKS]
     args = [*SMALL, "--iters", str(iters), "--noisy", "0", "3", "--batch", "16", "--group", "4",
             "--updates", "2"]
     for script, more, result in (
@@ -221,8 +222,8 @@ def test_sharded_run_resumes_bit_exactly(here):
 
 
 def test_resume_of_the_base_is_bit_exact(here, monkeypatch):
-    options = dict(pool=256, vae_steps=2, steps=4, save_every=2, batch=8, width=64, depth=2,
-                   device="cpu")
+    options = dict(pool=256, vae_steps=2, text_steps=2, steps=4, save_every=2, batch=8, width=64,
+                   depth=2, device="cpu")
     tiny_base.main(tiny_base.Config(**options, folder="whole", out="whole.safetensors"))
     calls = []
     real = tiny_base.write_model

@@ -84,7 +84,7 @@ def test_std_of_the_task_is_as_if_each_task_had_a_batch_of_its_own():
 def test_alternating_tasks_take_whole_iterations_in_their_ratio():
     """config/grpo.py, epochs_per_cycle: three of GenEval, one of OCR, one of the third task."""
     world = worlds.open_world(BASE)
-    pattern = ["geneval"] * 3 + ["ocr", "quality"]
+    pattern = ["geneval"] * 3 + ["ocr", "preference"]
     seen = []
     for it in range(10):
         tasks = {prompt["task"] for prompt in world.batch(pattern, 4, 0, it, "alternate")}
@@ -99,6 +99,7 @@ def test_a_mix_trains_on_08_of_its_own_reward_and_02_of_quality():
     assert rewards["ocr"] == pytest.approx({"ocr": 0.8, "quality": 0.2})
     assert rewards["geneval"] == pytest.approx(
         {"geneval": 0.4, "geneval_strict": 0.4, "quality": 0.2})
+    assert rewards["preference"] == pytest.approx({"preference": 0.8, "quality": 0.2})
     assert rewards["quality"] == pytest.approx({"quality": 1.0})
     alone = choose_rewards(["ocr"], [], world)
     assert alone == {"ocr": {"ocr": 1.0}}

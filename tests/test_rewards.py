@@ -240,7 +240,7 @@ def test_parse_reward_is(spec, expected):
 
 @pytest.mark.parametrize("spec, message", [
     ("beauty", "got 'beauty', expected one of geneval, geneval_strict, geneval_benchmark, ocr, "
-               "quality"),
+               "quality, preference"),
     ("", "got '', expected one of"),
     ("ocr,", "got '', expected one of"),
     ("ocr,ocr=2", "got ocr twice"),
@@ -277,6 +277,9 @@ class World:
         return list(self.texts)
 
     def quality(self, images):
+        return np.array(self.rates)
+
+    def preference(self, images, metas):
         return np.array(self.rates)
 
 
@@ -341,9 +344,21 @@ def test_a_reward_that_fails_is_not_scored_as_zero():
         score({"ocr": 1.0}, IMAGES, metas, World(texts=["a", "b"]))
 
 
-def test_the_tiny_worlds_quality_is_refused_for_real_pictures():
-    with pytest.raises(ValueError, match="reward quality: the world 'sd3' has none of its own"):
-        score({"quality": 1.0}, torch.zeros(1, 3, 8, 8), [SINGLE], SD3())
+@pytest.mark.parametrize("name", ["quality", "preference"])
+def test_what_the_tiny_world_alone_has_is_refused_for_real_pictures(name):
+    with pytest.raises(ValueError, match=f"reward {name}: the world 'sd3' has none of its own"):
+        score({name: 1.0}, torch.zeros(1, 3, 8, 8), [SINGLE], SD3())
+
+
+def test_preference_is_judged_with_each_images_own_prompt():
+    class Loose(World):
+        def preference(self, images, metas):
+            return [len(meta["prompt"]) for meta in metas]
+
+    metas = [{"prompt": "a"}, {"prompt": "a cat"}]
+    got = score({"preference": 0.5}, IMAGES, metas, Loose())
+    np.testing.assert_allclose(got["preference"], [1, 5])
+    np.testing.assert_allclose(got["total"], [0.5, 2.5])
 
 
 # ------------------------------------------------------------------ the table
@@ -357,7 +372,7 @@ SCALES = {"pickscore": 26, "clipscore": 30, "deqa": 5, "unifiedreward": 5, "qwen
 
 
 # The table may have more: the README says how to add one.
-PUBLISHED = (*THREE_FORMS, "ocr", "quality", *WHERE, "jpeg_compressibility",
+PUBLISHED = (*THREE_FORMS, "ocr", "quality", "preference", *WHERE, "jpeg_compressibility",
              "jpeg_incompressibility")
 
 
@@ -382,7 +397,7 @@ def test_every_published_reward_has_a_score_a_scale_and_its_network(monkeypatch,
     assert REWARDS[name].where == WHERE.get(name, "")
     assert asked == ([WHERE[name]] if name in WHERE else [])
     # What the world itself sees costs nothing in the tiny world. A network is never cheap.
-    assert REWARDS[name].cheap == (name in (*THREE_FORMS, "ocr", "quality"))
+    assert REWARDS[name].cheap == (name in (*THREE_FORMS, "ocr", "quality", "preference"))
 
 
 def test_jpeg_rewards_are_the_size_and_its_negative():

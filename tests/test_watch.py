@@ -32,13 +32,13 @@ def watched(world, model, tasks, rank=0, world_size=1, **options):
 
 
 def test_scores_are_those_of_eval_on_the_same_prompts_and_noise(here):
-    evaluation.main(evaluation.Config(model=BASE, per_task=12, steps=2, rows=3, also=[], out="e",
+    evaluation.main(evaluation.Config(model=BASE, per_task=12, steps=2, rows=4, also=[], out="e",
                                       device="cpu"))
     table = json.loads((here / "e.json").read_text())["table: mean, standard error, n"]["base"]
     world, model = tiny()
     run = watched(world, model, world.tasks, eval_images=12)
     row = run(Policy(model.mmdit), NO_AVERAGE, 2)
-    assert row.keys() == {"eval_geneval", "eval_ocr", "eval_quality"}
+    assert row.keys() == {"eval_geneval", "eval_ocr", "eval_preference", "eval_quality"}
     for key, value in row.items():
         assert value == pytest.approx(table[key.removeprefix("eval_")][0], abs=1e-5), key
 

@@ -1,30 +1,33 @@
 """The prompts of the tiny world, and which of them are held out for evaluation.
 
-    geneval   "a photo of a red circle and a blue square": the six tags of GenEval, in its schema
-    ocr       'a sign that says "HAT"'
-    quality   "a poster of ..." with such figures, or 'a poster that says "HAT"'
+    geneval      "a photo of a red circle and a blue square": the six tags of GenEval
+    ocr          'a sign that says "HAT"'
+    preference   "a picture of ..." with such figures, or 'a picture that says "HAT"'
+    quality      "a poster of ..." with such figures, or 'a poster that says "HAT"'
 
 Combinations are held out for evaluation: no stage of training reads them as captions. They are:
 
-    colors                  6 of 24 pairs of colour and shape
-    color_attr              all prompts with one of these 6 pairs
-    counting                3 of 12 pairs of count and shape
-    two_object, position    4 of 12 ordered pairs of shapes
+    colors                  24 of 60 pairs of colour and shape
+    color_attr              all with one of these 24 pairs, or with two shapes held out below
+    counting                10 of 30 pairs of count and shape, and these 24 pairs
+    two_object, position    30 of 90 ordered pairs of shapes
     words                   a fifth of all words
 
-single_object holds nothing out: the base needs its four prompts, and evaluation asks for them too.
+single_object holds nothing out: the base needs its ten prompts, and evaluation asks for them too.
 """
 from itertools import product
 
 from worlds.prompts import RELATIONS, TAGS, TRAIN_MIX, draw_tag, with_article
 from worlds.tiny_pictures import COLORS, LETTERS, SHAPES
 
-TASKS = ("geneval", "ocr", "quality")
+TASKS = ("geneval", "ocr", "preference", "quality")
+# The first words of a task's prompts: "a photo of a circle".
+FRAMES = {"geneval": "photo", "ocr": "sign", "preference": "picture", "quality": "poster"}
 COUNTS = {"two": 2, "three": 3, "four": 4}
-PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
+PLURALS = {shape: shape + ("es" if shape.endswith(("s", "ch")) else "s") for shape in SHAPES}
 # All words of the prompts. The first is the padding.
 VOCAB = ["<pad>",
-         *"a an photo poster sign of and that says left right above below".split(), '"',
+         *"a an photo picture poster sign of and that says left right above below".split(), '"',
          *COUNTS, *COLORS, *SHAPES, *PLURALS.values(), *LETTERS]
 # A prompt has at most this many tokens, and is padded to this many.
 LENGTH = 12
@@ -35,12 +38,12 @@ LENGTH = 12
 def is_held_out(tag, include):
     """Is this combination kept for evaluation? include: the objects that the prompt asks for."""
     shapes = [SHAPES.index(clause["class"]) for clause in include]
+    for shape, clause in zip(shapes, include):
+        if "color" in clause and (COLORS.index(clause["color"]) + shape) % 5 < 2:
+            return True
     if tag == "counting":
-        return (include[0]["count"] + shapes[0]) % 4 == 0
-    if tag in ("colors", "color_attr"):
-        colors = [COLORS.index(clause["color"]) for clause in include]
-        return any((color + shape) % 4 == 0 for color, shape in zip(colors, shapes))
-    return sum(shapes) == 3          # circle with cross, square with triangle
+        return (include[0]["count"] + shapes[0]) % 3 == 0
+    return tag in ("two_object", "position", "color_attr") and sum(shapes) % 3 == 0
 
 
 def single(shape, **more):
@@ -57,8 +60,13 @@ def figures(tag):
     if tag == "two_object":
         return [([single(one), single(two)], f"{a(one)} and {a(two)}") for one, two in pairs]
     if tag == "counting":
-        return [([{"class": shape, "count": n}], f"{word} {PLURALS[shape]}")
-                for (word, n), shape in product(COUNTS.items(), SHAPES)]
+        found = []
+        for (word, n), shape in product(COUNTS.items(), SHAPES):
+            found.append(([{"class": shape, "count": n}], f"{word} {PLURALS[shape]}"))
+            for color in COLORS:
+                include = [{"class": shape, "count": n, "color": color}]
+                found.append((include, f"{word} {color} {PLURALS[shape]}"))
+        return found
     if tag == "colors":
         return [([single(shape, color=color)], a(f"{color} {shape}")) for color, shape in colored]
     if tag == "position":
@@ -82,12 +90,13 @@ def list_prompts(frame, tag, split):
             continue
         meta = {"tag": tag, "include": include, "prompt": f"a {frame} of {text}"}
         if tag == "counting":
-            meta["exclude"] = [{**include[0], "count": include[0]["count"] + 1}]
+            meta["exclude"] = [{"class": include[0]["class"], "count": include[0]["count"] + 1}]
         metas.append(meta)
     return metas
 
 
-PROMPTS = {key: list_prompts(*key) for key in product(("photo", "poster"), TAGS, ("train", "eval"))}
+PROMPTS = {key: list_prompts(*key)
+           for key in product(("photo", "picture", "poster"), TAGS, ("train", "eval"))}
 
 # ------------------------------------------------------------------ drawing prompts
 
@@ -106,12 +115,12 @@ def draw_word(rng, split):
 
 
 def default_tags(task, split):
-    """{tag: weight}: Flow-GRPO's mix in training, equal weights in evaluation and for quality.
+    """{tag: weight}: Flow-GRPO's mix in training, equal weights in evaluation and for other tasks.
 
     single_object holds nothing out, so only GenEval's evaluation draws it by default. The training
     of the base draws it too, by giving its own tags to draw_prompt.
     """
-    if task == "quality":
+    if task != "geneval":
         return {tag: 1 for tag in TAGS if tag != "single_object"}
     if split == "train":
         return TRAIN_MIX
@@ -122,12 +131,11 @@ def draw_prompt(rng, task, split, tags=None):
     """One prompt. tags: {tag: weight} of its figures, or None for the task's own."""
     if task not in TASKS:
         raise ValueError(f"unknown task '{task}': the tiny world has {', '.join(TASKS)}")
-    # Half of the prompts for quality ask for figures, half for a word.
-    if task == "geneval" or task == "quality" and rng.random() < 0.5:
-        frame = "photo" if task == "geneval" else "poster"
+    frame = FRAMES[task]
+    # Half of the prompts for preference and for quality ask for figures, half for a word.
+    if task == "geneval" or task != "ocr" and rng.random() < 0.5:
         tag = draw_tag(rng, tags or default_tags(task, split))
         options = PROMPTS[frame, tag, split]
         return {**options[rng.integers(len(options))], "task": task}
-    frame = "sign" if task == "ocr" else "poster"
     word = draw_word(rng, split)
     return {"tag": task, "prompt": f'a {frame} that says "{word}"', "task": task, "word": word}

@@ -48,7 +48,8 @@ class Model:
 class World:
     """Tasks, prompts, judges and a model.
 
-    A subclass must define load, own_prompt, detect and read. It may define quality and check_meta.
+    A subclass must define load, own_prompt, detect and read. It may define quality, preference and
+    check_meta.
     A prompt is a dict: "prompt", "task", "tag" and what its judge needs (worlds/prompts.py).
     prompts: ["TASK=DIR", ...], folders whose prompts replace the world's own (--prompts).
     """
@@ -98,6 +99,11 @@ class World:
         """images (N, 3, H, W) -> (N,) scores that never look at the prompt."""
         raise ValueError(f"reward quality: the world '{self.name}' has none of its own; "
                          "expected deqa, pickscore, aesthetic, ...")
+
+    def preference(self, images, metas):
+        """images (N, 3, H, W), N prompts -> (N,) scores of taste that read the prompt."""
+        raise ValueError(f"reward preference: the world '{self.name}' has none of its own; "
+                         "expected pickscore, hpsv2, imagereward, ...")
 
     def check_meta(self, meta):
         """ValueError if a GenEval prompt names what this world's detector does not know."""

@@ -92,7 +92,7 @@ def test_flags_are_the_command_line_of_options():
 
 
 def test_every_run_of_the_cost_would_start(tmp_path, monkeypatch, capsys):
-    """Four teachers, larger images, more steps: train_opd.py's own checks accept them."""
+    """Fewer teachers, larger images, more steps: train_opd.py's own checks accept them."""
     monkeypatch.chdir(tmp_path)
     runs = bench_loop.cost_runs(bench.Config(), tmp_path)
     started = 0

@@ -12,6 +12,8 @@ import worlds
 from checkpoints.teachers import read_teachers
 from experiments import bench, bench_loop, released_loop
 from model import MMDiT
+from worlds.prompts import read_mix
+from worlds.tiny_prompts import TASKS
 
 SIZES = dict(batch=8, group=2, micro=2, steps=4, lora_r=4, lora_alpha=8.0, score=False,
              drop=False, device="cpu")
@@ -21,7 +23,7 @@ SIZES = dict(batch=8, group=2, micro=2, steps=4, lora_r=4, lora_alpha=8.0, score
 def teachers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teachers")
     return [make_teacher(folder / f"{task}.pt", task, seed, anchor=task == "quality")
-            for seed, task in enumerate(("geneval", "ocr", "quality"))]
+            for seed, task in enumerate(TASKS)]
 
 
 @pytest.fixture
@@ -34,7 +36,8 @@ def make_loop(teachers, **options):
     model = world.load(BASE)
     cfg = released_loop.Config(model=BASE, teachers=teachers, **{**SIZES, **options})
     read = read_teachers(teachers, model.mmdit, world.tasks)
-    return released_loop.Loop(model, world, read, "quality", cfg), world, read
+    mix = read_mix(cfg.ratio, list(read), world.ratio)
+    return released_loop.Loop(model, world, read, "quality", mix, cfg), world, read
 
 
 def prompts_of(world, n=8):
@@ -109,8 +112,9 @@ def test_passes_are_three_a_trained_step_in_every_inner_epoch(teachers, monkeypa
     assert loop.updates == 4
 
 
-def test_every_teacher_and_the_anchor_are_whole_copies_in_float32(teachers):
+def test_every_teacher_with_prompts_and_the_anchor_are_whole_copies_in_float32(teachers):
     loop, _, _ = make_loop(teachers)
+    assert list(loop.teachers) == ["geneval", "ocr", "preference"], "quality has no prompts"
     nets = [loop.student, loop.anchor, *loop.teachers.values()]
     weights = [net.joint_blocks[0].x_block.mlp.fc1.weight for net in nets]
     assert len({weight.data_ptr() for weight in weights}) == 5
@@ -142,9 +146,11 @@ def test_passes_of_both_loops_are_counted_on_the_real_scripts(teachers, here):
     cfg = bench.Config()
     theirs = bench_loop.their_options(world, cfg, 5, "theirs")
     assert bench_loop.passes_per_image(released_loop, theirs) == (4 + 3 * 2, 3)
-    ours = bench_loop.our_options(world, cfg, 5, "ours")
-    forward, both = bench_loop.passes_per_image(train_opd, ours)
-    assert both == 3 and 2 + 3 * 1.8 - 1e-9 <= forward <= 4 + 3 * 2
+    routed = ["geneval=2", "ocr=1", "preference=1", "quality=1"]
+    for name, ratio, least in (("ours", world.ratio, 2 + 3 * 2), ("routed", routed, 2 + 3 * 1.8)):
+        ours = bench_loop.our_options(world, cfg, 5, name, ratio=ratio)
+        forward, both = bench_loop.passes_per_image(train_opd, ours)
+        assert both == 3 and least - 1e-9 <= forward <= 4 + 3 * 2
 
 
 @pytest.mark.parametrize("options, message", [

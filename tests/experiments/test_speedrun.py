@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 
 from experiments import speedrun
-from experiments.jobs import TASKS
+from experiments.jobs import ROUTED
 from plumbing import cli
 
-GOAL = {"base": dict.fromkeys(TASKS, 0.3), "teachers": dict.fromkeys(TASKS, 0.5)}
+GOAL = {"base": dict.fromkeys(ROUTED, 0.3), "teachers": dict.fromkeys(ROUTED, 0.5)}
 
 
 def students(*scores):
     """One result a seed, with this score on every task."""
-    return [{"scores": {task: [score, 0.01, 100] for task in TASKS}} for score in scores]
+    return [{"scores": {task: [score, 0.01, 100] for task in ROUTED}} for score in scores]
 
 
 # The points where Student's one-sided t-test has p = 0.01: number of seeds, t.
@@ -42,7 +42,7 @@ def test_a_record_is_above_the_score_for_sure_and_on_every_task():
     assert not speedrun.is_record(students(0.48, 0.5, 0.52), GOAL)      # above, but by chance
     one_is_short = students(0.499, 0.5, 0.501)
     for result, score in zip(one_is_short, (0.488, 0.489, 0.4885)):
-        result["scores"]["quality"][0] = score
+        result["scores"]["preference"][0] = score
     assert not speedrun.is_record(one_is_short, GOAL)
 
 
@@ -95,10 +95,10 @@ def test_a_seed_that_was_judged_is_not_run_again(tmp_path, monkeypatch):
 
 
 def test_a_teacher_is_at_no_distance_from_itself_and_the_others_are(monkeypatch):
-    monkeypatch.setattr(speedrun, "SCREENED", {"geneval": 2, "ocr": 2, "quality": 2})
+    monkeypatch.setattr(speedrun, "SCREENED", {"geneval": 2, "ocr": 2, "preference": 2})
     far = speedrun.distances("ckpt/ocr.pt")
     assert far["ocr"] == 0
-    assert far["geneval"] > 0.1 and far["quality"] > 0.1
+    assert far["geneval"] > 0.1 and far["preference"] > 0.1
 
 
 def test_the_tables_of_the_page_are_the_generated_ones():

@@ -4,7 +4,18 @@ import pytest
 import torch
 from PIL import Image
 
-from plumbing.picture import GAP, GREEN, LEFT, LINE, RED, TOP, choose_rows, draw_grid, to_bytes
+from plumbing.picture import (
+    GAP,
+    GREEN,
+    LEFT,
+    LINE,
+    RED,
+    TOP,
+    choose_rows,
+    columns,
+    draw_grid,
+    to_bytes,
+)
 
 SIDE = 32
 SCALE = 3
@@ -46,13 +57,28 @@ def test_where_too_few_disagree_the_first_others_are_added_in_the_order_of_the_p
     assert choose_rows(alone, 2) == [("ocr", 0), ("ocr", 1)]
 
 
-@pytest.mark.parametrize("rows, expected", [(3, [1, 1, 1]), (4, [1, 1, 2]), (5, [1, 2, 2]),
-                                            (6, [2, 2, 2])])
+@pytest.mark.parametrize("rows, expected", [
+    (3, [1, 1, 1]), (4, [1, 1, 2]), (5, [1, 2, 2]), (6, [2, 2, 2]),
+    (4, [1, 1, 1, 1]), (6, [1, 2, 1, 2])])
 def test_rows_are_shared_evenly_by_the_tasks(rows, expected):
-    one = {task: cells(0, 0, 0, 0) for task in ("geneval", "ocr", "quality")}
+    names = ("geneval", "ocr", "preference", "quality")
+    one = {task: cells(0, 0, 0, 0) for task in names[:len(expected)]}
     chosen = [task for task, _ in choose_rows({"base": one}, rows)]
     assert [chosen.count(task) for task in one] == expected
     assert chosen == sorted(chosen)
+
+
+def test_models_named_after_the_tasks_share_a_column_of_each_tasks_own_teacher():
+    def model(one, two):
+        return {"ocr": cells(one), "quality": cells(two)}
+
+    shown = {"base": model(0, 1), "ocr": model(2, 3), "quality": model(4, 5), "it": model(6, 7)}
+    merged = columns(shown)
+    assert list(merged) == ["base", "its teacher", "it"]
+    assert merged["its teacher"] == {"ocr": shown["ocr"]["ocr"],
+                                     "quality": shown["quality"]["quality"]}
+    del shown["quality"]                                # not every task has a teacher here
+    assert columns(shown) == shown
 
 
 # ------------------------------------------------------------------ the picture

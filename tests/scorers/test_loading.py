@@ -14,7 +14,7 @@ IMAGE = torch.zeros(1, 3, 8, 8)
 
 class World:
     """Nobody asks this one."""
-    read = detect = quality = None
+    read = detect = quality = preference = None
 
 
 class Constant:
@@ -89,7 +89,7 @@ def test_offload_moves_every_loaded_scorer_off_and_the_next_use_brings_it_back(c
 def test_every_published_reward_has_a_loader_and_the_loaders_names_exist():
     published = {"geneval", "ocr", "pickscore", "clipscore", "hpsv2", "imagereward", "aesthetic",
                  "deqa", "unifiedreward", "qwenvl", "jpeg_compressibility",
-                 "jpeg_incompressibility", "quality"}
+                 "jpeg_incompressibility", "quality", "preference"}
     assert published <= set(REWARDS)
     places = {name: reward.where for name, reward in REWARDS.items() if reward.where}
     assert set(places) >= {"pickscore", "clipscore", "hpsv2", "imagereward", "aesthetic", "deqa",
@@ -127,7 +127,8 @@ def test_a_judge_without_an_endpoint_says_which_variable_to_set(monkeypatch, nam
         score({name: 1.0}, IMAGE, [META], World())
 
 
-def test_quality_is_refused_for_real_pictures():
+@pytest.mark.parametrize("name", ["quality", "preference"])
+def test_what_the_tiny_world_alone_has_is_refused_for_real_pictures(name):
     from worlds.sd3 import SD3
-    with pytest.raises(ValueError, match="^reward quality: the world 'sd3' has none of its own"):
-        score({"quality": 1.0}, IMAGE, [META], SD3())
+    with pytest.raises(ValueError, match=f"^reward {name}: the world 'sd3' has none of its own"):
+        score({name: 1.0}, IMAGE, [META], SD3())

@@ -467,3 +467,5 @@ def test_detector_and_reader_are_the_scorers_on_the_images_device(monkeypatch):
     assert asked == [("geneval.Detector", images.device), ("ocr.Reader", images.device)]
     with pytest.raises(ValueError, match="reward quality: the world 'sd3' has none of its own"):
         world.quality(images)
+    with pytest.raises(ValueError, match="reward preference: the world 'sd3' has none of its own"):
+        world.preference(images, [])

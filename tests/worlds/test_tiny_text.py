@@ -3,13 +3,17 @@ import pytest
 import torch
 
 from worlds.tiny import TinyText
-from worlds.tiny_prompts import LENGTH, VOCAB
+from worlds.tiny_base import NOT_A_FIGURE, Config, roles, roles_loss, teach_text
+from worlds.tiny_prompts import LENGTH, PROMPTS, VOCAB
 
 
 @pytest.fixture(scope="module")
 def text():
     torch.manual_seed(0)
-    return TinyText(VOCAB, LENGTH, 8).requires_grad_(False)
+    text = TinyText(VOCAB, LENGTH, 8)
+    for p in text.blocks.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return text.requires_grad_(False)
 
 
 @pytest.mark.parametrize("prompt, word", [
@@ -36,6 +40,45 @@ def test_tokens_are_words_and_capital_letters(text):
     for row in tokens:
         assert len(row) == LENGTH
         assert not any(row[row.index(0):])       # padding only at the end
+
+
+def test_new_layers_change_nothing_and_trained_ones_read_the_context():
+    torch.manual_seed(0)
+    text = TinyText(VOCAB, LENGTH, 8)
+    prompts = ["a circle left of a square", "a circle right of a square"]
+    tokens = text.tokens(prompts)
+    assert torch.equal(text(prompts)[0], text.words(tokens))
+    for p in text.blocks.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    left, right = text(prompts)[0]
+    assert (left[1] - right[1]).abs().max() > 1e-3       # "circle" differs by a later word
+
+
+def test_roles_say_the_side_the_colour_and_the_count_of_each_figure():
+    def asked(tag, prompt):
+        meta, = [meta for meta in PROMPTS["photo", tag, "train"] if meta["prompt"] == prompt]
+        words = prompt.split()
+        table = roles(meta, words).tolist()
+        return {word: row for word, row in zip(words, table) if row != [NOT_A_FIGURE] * 3}
+
+    assert asked("position", "a photo of a circle left of a square") == {
+        "circle": [1, 0, 1], "square": [2, 0, 1]}
+    assert asked("position", "a photo of a circle below a square") == {
+        "circle": [4, 0, 1], "square": [3, 0, 1]}
+    assert asked("color_attr", "a photo of a blue square and a yellow circle") == {
+        "square": [0, 3, 1], "circle": [0, 4, 1]}
+    assert asked("counting", "a photo of four circles") == {"circles": [0, 0, 4]}
+    assert not (roles({"word": "HAT"}, ["HAT"]) != NOT_A_FIGURE).any()
+
+
+def test_taught_text_encoder_reads_relations_of_pairs_that_it_was_not_taught():
+    torch.manual_seed(0)
+    text = TinyText(VOCAB, LENGTH, 32)
+    metas = PROMPTS["photo", "position", "eval"]
+    cfg = Config(text_steps=200, batch=64, lr=4e-3)
+    head = teach_text(text, cfg, 0, 1)
+    with torch.no_grad():
+        assert roles_loss(text, head, metas)[1] > 0.6    # chance of a side alone: 1 in 4
 
 
 def test_pooled_text_is_the_mean_over_used_tokens_and_rows_do_not_mix(text):
