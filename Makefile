@@ -17,7 +17,7 @@ DEPS = $(PYTHON) -c "import sys, tomllib; p = tomllib.load(open('pyproject.toml'
 demo: .venv/done                  # stage 2 from the shipped teachers, then the table and the picture
 	rm -rf runs/demo
 	$(RUN) train_opd.py --teachers ckpt/*.pt --name demo
-	$(RUN) eval.py --ckpts $(MODELS) --per-task 300 --steps 10 --rows 4 --out runs/demo/eval
+	$(RUN) eval.py --ckpts $(MODELS) --per-task 180 --steps 10 --rows 4 --out runs/demo/eval
 
 test: .venv/done
 	$(BIN)/python -m pytest -q
@@ -27,16 +27,16 @@ lint: .venv/lint                  # widths, names, imports; the rules are in pyp
 
 oracles: .venv/oracles            # diffusers, peft, ...: what some tests compare with (else skipped)
 
-teachers: .venv/done              # stage 1, from the shipped base (under an hour on two cores; resumes)
-	$(RUN) train_grpo.py --tasks geneval --batch 192 --lr 2e-3 --iters 250 --out ckpt/geneval.pt
-	$(RUN) train_grpo.py --tasks ocr --iters 225 --out ckpt/ocr.pt
-	$(RUN) train_grpo.py --tasks preference --iters 100 --out ckpt/preference.pt
-	$(RUN) train_grpo.py --tasks quality --anchor --iters 100 --out ckpt/quality.pt
+teachers: .venv/done              # stage 1, from the shipped base (25 minutes on two cores; resumes)
+	$(RUN) train_grpo.py --tasks geneval --batch 192 --lr 2e-3 --iters 150 --out ckpt/geneval.pt
+	$(RUN) train_grpo.py --tasks ocr --lr 1e-3 --iters 100 --out ckpt/ocr.pt
+	$(RUN) train_grpo.py --tasks preference --lr 1e-3 --iters 50 --out ckpt/preference.pt
+	$(RUN) train_grpo.py --tasks quality --anchor --lr 1e-3 --iters 50 --out ckpt/quality.pt
 
 doctor: .venv/done               # check the shipped model, teachers and rewards, one line a check
 	$(BIN)/python -m experiments.doctor --teachers ckpt/*.pt
 
-reproduce: .venv/done             # the paper's findings with several seeds (six hours on two cores)
+reproduce: .venv/done             # the paper's findings with several seeds (twelve hours on two cores)
 	$(BIN)/python -m experiments.reproduce --ranks $(RANKS) $(ARGS)
 
 speedrun: .venv/done              # the fewest passes to 95% of the teachers' gains (docs/speedrun.md)
@@ -49,7 +49,7 @@ base: .venv/done                  # VAE and base from nothing, then guidance is 
 	$(RUN) -m worlds.tiny_base --out $(GUIDED)
 	$(RUN) train_opd.py --name fold --model $(GUIDED) --init none --full --lr 6e-4 --lam 0 \
 		--teachers geneval=$(GUIDED) ocr=$(GUIDED) preference=$(GUIDED) quality=$(GUIDED) \
-		--ratio geneval=3 ocr=1 preference=1 quality=1 --group 1 --iters 150 \
+		--ratio geneval=3 ocr=1 preference=1 quality=1 --batch 64 --steps 8 --noisy 0 5 --iters 150 \
 		--match fold --guidance 3 --objective velocity --supervised 0 8
 	$(BIN)/python -m checkpoints runs/fold/student.safetensors --model $(GUIDED) --to merged \
 		--out ckpt/tiny.safetensors

@@ -7,7 +7,7 @@ that is drawn: seed N has its own teachers, its own training and its own noise i
 Parts:
     teachers     stage 1, for each reward alone
     main         the models that the main table compares
-    seesaw       rewards added one by one to one GRPO run of the GenEval teacher's passes
+    seesaw       rewards added one by one to GRPO; each task has the GenEval teacher's passes
     states, mar, cold, objectives, targets      variants of stage 2, with half of its iterations
     curves       evaluation of the snapshots of teachers and of main
 
@@ -98,7 +98,7 @@ TRAINED = {
         "opd": f"{OPD} --keep 15",
         "sft": SFT,
         "opd-sft": f"{OPD} {FROM_SFT} --keep 15",
-        # With three times the passes of stage 2; and the same pictures, each the best of eight.
+        # With three times the passes of stage 2; and as many pictures, each the best of eight.
         "sft-long": f"{SFT} --samples 4000 --iters 550",
         "sft-best": f"{SFT} --samples 4000 --iters 550 --best 8",
         "mix": mix(ROUTED, WHOLE, SHARES),

@@ -39,7 +39,7 @@ from sampler import (
 from sampler import log_prob as log_density
 from worlds import open_world
 
-# The rollout of stage 2: its steps, which of them take noise, and how much.
+# The rollout: its steps, which of them take noise and are supervised, and how much noise.
 STEPS = 8
 NOISY = range(5)
 NOISE_LEVEL = 0.7

@@ -3,7 +3,7 @@
 A backward pass counts as two. Scoring and the VAE are left out. With the defaults:
     GRPO           28 per image: 8 rollout steps; for each of the 5 trained steps, the policy
                    (1 + 2) and the reference (1)
-    distillation   29 per image: 4 rollout steps, to the last supervised state; for each of the 5
+    distillation   12 per image: 2 rollout steps, to the last supervised state; for each of the 2
                    supervised states, the teacher (1), the anchor (1) and the student (1 + 2)
 Where the anchor is the prompt's own teacher, or with --blend one of the others, the script computes
 one pass for both. They are counted as two here.

@@ -234,7 +234,7 @@ BAD = {
         ("--objective nonsense",
          "--objective nonsense: expected one of kl, velocity, pg, released, mixed"),
         ("--objective pg --rollout ode",
-         "--objective pg --rollout ode --noisy [0, 5] --supervised [0, 8]: a policy "
+         "--objective pg --rollout ode --noisy [1, 3] --supervised [0, 4]: a policy "
          "gradient needs a density at every supervised step, so noise"),
         ("--objective released --noisy 0 2 --supervised 0 3",
          "--objective released --rollout sde --noisy [0, 2] --supervised [0, 3]: a policy "
@@ -247,12 +247,12 @@ BAD = {
          "match or fold"),
         ("--step-reward sampled", "--step-reward sampled --credit step: are for --objective pg"),
         ("--objective pg --credit future --one",
-         "--credit future --one True --supervised [0, 5]: there are no later supervised "
+         "--credit future --one True --supervised [1, 3]: there are no later supervised "
          "steps to credit"),
         ("--objective pg --credit future --supervised 1 2",
          "--credit future --one False --supervised [1, 2]: there are no later supervised "
          "steps to credit"),
-        ("--objective released --drop-equal",
+        ("--objective released --drop-equal --group 4",
          "--drop-equal --objective released: its loss of an image is a mean over the whole "
          "micro-batch, so dropped images would still count"),
         ("--kl-scale 2", "--kl-scale 2.0 --objective kl: is for --objective mixed"),
@@ -267,12 +267,12 @@ BAD = {
          "--states teacher --objective pg --match guided --drop-equal False: states of "
          "others have no ratio, no reward and no branches of the student"),
         ("--supervised 3 9",
-         "--supervised [3, 9]: expected FROM TO with 0 <= FROM < TO <= --steps 8"),
+         "--supervised [3, 9]: expected FROM TO with 0 <= FROM < TO <= --steps 4"),
         ("--rollout cps --a 1.5",
          "--a 1.5 --rollout cps: expected 1 or less; std = t_next sin(a pi / 2), and at 1 "
          "all noise is new"),
-        ("--rollout cps --supervised 0 8",
-         "--rollout cps --supervised [0, 8]: its last step has no noise, so no KL"),
+        ("--rollout cps --supervised 0 4",
+         "--rollout cps --supervised [0, 4]: its last step has no noise, so no KL"),
         ("--blend 1",
          "--blend 1.0: the part of the other teachers in the target; expected 0 <= blend < "
          "1"),

@@ -8,6 +8,7 @@ import torch
 from tiny_runs import (
     BASE,
     OPD,
+    ROOT,
     distance,
     grpo,
     log,
@@ -172,7 +173,7 @@ def test_only_the_student_gets_a_gradient():
 
 
 def test_opd_brings_the_student_to_its_teacher(here):
-    """With one teacher and no anchor the KL falls to a fraction. The student starts from the base."""
+    """With one teacher and no anchor, the KL of a student from the base falls to a fraction."""
     teacher = str(ROOT / "ckpt/ocr.pt")
     opd(iters=25, batch=8, lr=2e-3, teachers=[teacher], init="none", lora_r=8, lam=0.0)
     kls = [row["kl"] for row in log("opd")]

@@ -101,7 +101,7 @@ def test_a_window_larger_than_the_noisy_steps_is_refused():
     ({"drop_equal": True}, 8), ({"states": "pictures"}, 8), ({"states": "teacher"}, 4)])
 def test_a_rollout_takes_the_steps_that_are_read_and_no_more(options, steps):
     """The KL needs the last supervised state, a ratio the sample after it, a reward the image."""
-    cfg = train_opd.Config(**{"supervised": [0, 5], **options})
+    cfg = train_opd.Config(**{"steps": 8, "supervised": [0, 5], **options})
     assert train_opd.rollout_steps(cfg) == steps
 
 

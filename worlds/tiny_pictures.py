@@ -127,8 +127,8 @@ def corrupt(rng, scene, task):
     - Always the same wrong thing: a letter's partner, the opposite relation, two colours swapped.
       Guidance and reinforcement learning mend these if they are rare. Both only enlarge a
       difference that is there, and between 0.45 and 0.55 there is almost none.
-    - Badly drawn. Guidance does not mend these, as they do not depend on what the caption names.
-      Reinforcement learning does, as they are wrong in the same way for every prompt.
+    - Badly drawn. Guidance mends a part of these: they look less like what the caption names.
+      Reinforcement learning mends them fast, as they are wrong in the same way for every prompt.
     """
     def redrawn(old, options, p):
         return rng.choice(options) if rng.random() < p else old
@@ -179,8 +179,7 @@ def place(rng, n, relation):
 def blot(rng, image):
     """Throw 3 to 7 blots of 2 x 2 pixels of any colour on a picture, in place.
 
-    They do not depend on the caption. So guidance, which prefers what the caption makes likelier,
-    neither adds nor removes them.
+    They do not depend on the caption. Guidance removes some of them all the same (docs/tiny.md).
     """
     for _ in range(rng.integers(3, 8)):
         y, x = rng.integers(0, SIDE - 1, 2)
@@ -442,8 +441,8 @@ def preference(images, metas):
 
     It reads the prompt as a set of words, as models like CLIP largely do (arXiv 2210.01936): it
     sees no count, no relation, no binding of a colour to a shape and no order of letters. Its
-    style likes few things on a bright page. Both lower GenEval mildly, as PickScore does in the
-    paper, where GRPO on it takes GenEval from 0.63 to 0.51.
+    style likes few things on a bright page. Both were meant to lower GenEval mildly, as PickScore
+    does in the paper (GenEval 0.63 to 0.51). docs/results.md says how much they do.
     """
     found = zip(metas, detect(images), read(images))
     follows = np.array([named(*one) for one in found], np.float32)

@@ -22,7 +22,7 @@ PLAN = jobs.plan()
     ("train_opd.py --batch 16 --updates 2 --anchor base", 1),
     ("train_opd.py --batch 16 --updates 2 --lam 0 --blend 0.1", 1),
     ("train_opd.py --batch 16 --updates 1 --rollout ode --anchor base", 1),
-    ("train_opd.py --batch 16 --updates 1 --noisy 0 8 --extrapolate 1.25 --lam 0", 1),
+    ("train_opd.py --batch 16 --updates 1 --steps 8 --noisy 0 8 --extrapolate 1.25 --lam 0", 1),
     ("train_opd.py --batch 16 --updates 1 --rollout ode --objective velocity --one --steps 16 "
      "--noisy 0 1 --anchor base", 1),
     ("train_grpo.py --tasks ocr --batch 24", 1),
