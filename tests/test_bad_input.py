@@ -271,7 +271,7 @@ BAD = {
         ("--rollout cps --a 1.5",
          "--a 1.5 --rollout cps: expected 1 or less; std = t_next sin(a pi / 2), and at 1 "
          "all noise is new"),
-        ("--rollout cps --supervised 0 4",
+        ("--rollout cps --noisy 1 2 --supervised 0 4",
          "--rollout cps --supervised [0, 4]: its last step has no noise, so no KL"),
         ("--blend 1",
          "--blend 1.0: the part of the other teachers in the target; expected 0 <= blend < "
