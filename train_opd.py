@@ -705,7 +705,7 @@ def main(cfg):
                         s.kl_anchor = kl_anchor.detach()
                     loss = (loss * kept[s.images]).sum() / n_states
                 scaler.scale(loss * world_size).backward()        # ranks are averaged, not summed
-                s.kl = kl(v.detach(), s.v_target, s)
+                s.kl = kl(v.detach(), s.v_target, s).where(kept[s.images], math.nan)
                 if cfg.objective in SURROGATES:
                     s.ratio = likelihood_ratio(v.detach(), s)[kept[s.images]]
             grad_norm = dist.optimise(opt, scaler, it)            # clip, step, zero_grad
