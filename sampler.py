@@ -358,11 +358,16 @@ def regroup(states, images, micro, signal=None, by_step=False):
     return pieces
 
 
-def table(minibatches, name, n_images, n_steps):
-    """What the states say of themselves as name ("kl", ...): (images, steps), nan where nothing."""
+def table(minibatches, name, n_images, n_steps, signal=None):
+    """What the states say of themselves as name ("kl", ...): (images, steps), nan where nothing.
+
+    signal (n_images,): images without it count for nothing, also the one that regroup keeps.
+    """
     filled = torch.full((n_images, n_steps), math.nan, device=minibatches[0][0].x.device)
     for s in chain(*minibatches):
         filled[s.images, s.slot] = getattr(s, name)
+    if signal is not None:
+        filled[~signal] = math.nan
     return filled
 
 

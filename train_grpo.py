@@ -18,7 +18,6 @@ Papers: Flow-GRPO arXiv 2505.05470, GRPO arXiv 2402.03300, PPO arXiv 1707.06347.
 """
 import plumbing.help  # noqa: F401 -- first, as it answers --help before torch is imported
 
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -341,7 +340,7 @@ def main(cfg):
                             v_base = reference(s.x, s.t, text.rows(s.images))
                         kl_base = kl(v, v_base, s)
                         loss = loss + cfg.beta * kl_base
-                        s.kl = kl_base.detach().where(my_signal[s.images], math.nan)
+                        s.kl = kl_base.detach()
                     loss = (loss * my_signal[s.images]).sum() / n_states
                 scaler.scale(loss * world_size).backward()        # ranks are averaged, not summed
                 s.ratio = ratio.detach()[my_signal[s.images]]
@@ -350,7 +349,7 @@ def main(cfg):
 
         # 5. Log and save.
         clock("summary")
-        kls = table(minibatches, "kl", *steps.shape)
+        kls = table(minibatches, "kl", *steps.shape, my_signal)
         row = summary(minibatches, kls, task, reward, signal, judge, cfg)
         log({"iter": it + 1, **row, "grad_norm": grad_norm, **clock.row(cfg.batch),
              **watch(policy, average, it + 1)}, watch.pictures)

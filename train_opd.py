@@ -552,8 +552,8 @@ def judged(judge, task, mine, cfg):
     return adv[mine], signal[mine]
 
 
-def summary(minibatches, task, tasks, shape, signal, judge, cfg):
-    """What the log says of an iteration, over all ranks. shape: (b, S), of this rank."""
+def summary(minibatches, task, tasks, shape, kept, signal, judge, cfg):
+    """What the log says of an iteration, over all ranks. shape: (b, S), kept (b,), of this rank."""
     row = {}
     task = dist.gather(task)
     if judge:
@@ -562,14 +562,14 @@ def summary(minibatches, task, tasks, shape, signal, judge, cfg):
             if (task == n).any():
                 row[f"reward_{name}"] = reward[task == n].mean().item()
         row["zero_std_ratio"] = 1 - dist.gather(signal.float()).mean().item()
-    kls = dist.gather(table(minibatches, "kl", *shape))               # nan where none was computed
+    kls = dist.gather(table(minibatches, "kl", *shape, kept))         # nan where none was computed
     row["kl"] = mean_of(kls)
     for n, name in enumerate(tasks):
         if (task == n).any():
             row[f"kl_{name}"] = mean_of(kls[task == n])
     row["kl_first"] = mean_of(kls[:, 0])
     row["kl_last"] = mean_of(kls[:, -1])
-    row["kl_anchor"] = mean_of(dist.gather(table(minibatches, "kl_anchor", *shape)))
+    row["kl_anchor"] = mean_of(dist.gather(table(minibatches, "kl_anchor", *shape, kept)))
     if cfg.objective in SURROGATES:
         row.update(ratio_summary(minibatches, cfg.clip))
     return row
@@ -705,7 +705,7 @@ def main(cfg):
                         s.kl_anchor = kl_anchor.detach()
                     loss = (loss * kept[s.images]).sum() / n_states
                 scaler.scale(loss * world_size).backward()        # ranks are averaged, not summed
-                s.kl = kl(v.detach(), s.v_target, s).where(kept[s.images], math.nan)
+                s.kl = kl(v.detach(), s.v_target, s)
                 if cfg.objective in SURROGATES:
                     s.ratio = likelihood_ratio(v.detach(), s)[kept[s.images]]
             grad_norm = dist.optimise(opt, scaler, it)            # clip, step, zero_grad
@@ -713,7 +713,7 @@ def main(cfg):
 
         # 5. Log and save.
         clock("summary")
-        row = summary(minibatches, task, tasks, steps.shape, signal, judge, cfg)
+        row = summary(minibatches, task, tasks, steps.shape, kept, signal, judge, cfg)
         log({"iter": it + 1, **row, "grad_norm": grad_norm, **clock.row(cfg.batch),
              **watch(student, average, it + 1)}, watch.pictures)
         health({"iter": it + 1, **row})

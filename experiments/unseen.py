@@ -1,7 +1,7 @@
 """A model's pictures beyond the scores: numbers that no run was trained on.
 
     sharpness       share of pixels whose colour is one of the world's; the VAE blurs some
-    distance        Fréchet distance to clean renderings of the same prompts, over pictures of 8 x 8
+    distance        Fréchet distance to clean renderings of the prompts, over pictures of 8 x 8
     colours         bits of entropy of the colour of a figure whose prompt names none (most: 2.58)
     places          bits of entropy of its cell (most: 4)
     tones           standard deviation of the tone of its background (uniform: 0.29)
