@@ -8,6 +8,8 @@ RUN = $(BIN)/torchrun --nproc_per_node=$(RANKS)
 MODELS = base ckpt/*.pt merge=runs/demo/init.pt student=runs/demo/student.pt
 # The base before guidance is folded into it.
 GUIDED = runs/tiny/guided.safetensors
+# What the teachers of GenEval and OCR share.
+LONG = --batch 192 --lr 2e-3 --decay 0.4
 # The dependencies of an extra, or of the project itself: tomllib reads them from pyproject.toml.
 DEPS = $(PYTHON) -c "import sys, tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	print(*(p['optional-dependencies'][sys.argv[1]] if sys.argv[1:] else p['dependencies']))"
@@ -28,8 +30,8 @@ lint: .venv/lint                  # widths, names, imports; the rules are in pyp
 oracles: .venv/oracles            # diffusers, peft, ...: what some tests compare with (else skipped)
 
 teachers: .venv/done              # stage 1, from the shipped base (25 minutes on two cores; resumes)
-	$(RUN) train_grpo.py --tasks geneval --batch 192 --lr 2e-3 --iters 150 --out ckpt/geneval.pt
-	$(RUN) train_grpo.py --tasks ocr --lr 1e-3 --iters 100 --out ckpt/ocr.pt
+	$(RUN) train_grpo.py --tasks geneval $(LONG) --iters 250 --out ckpt/geneval.pt
+	$(RUN) train_grpo.py --tasks ocr $(LONG) --iters 40 --out ckpt/ocr.pt
 	$(RUN) train_grpo.py --tasks preference --lr 1e-3 --iters 50 --out ckpt/preference.pt
 	$(RUN) train_grpo.py --tasks quality --anchor --lr 1e-3 --iters 50 --out ckpt/quality.pt
 
@@ -50,7 +52,7 @@ base: .venv/done                  # VAE and base from nothing, then guidance is 
 	$(RUN) train_opd.py --name fold --model $(GUIDED) --init none --full --lr 6e-4 --lam 0 \
 		--teachers geneval=$(GUIDED) ocr=$(GUIDED) preference=$(GUIDED) quality=$(GUIDED) \
 		--ratio geneval=3 ocr=1 preference=1 quality=1 --batch 64 --steps 8 --noisy 0 5 --iters 150 \
-		--match fold --guidance 3 --objective velocity --supervised 0 8
+		--match fold --guidance 5 --objective velocity --supervised 0 8
 	$(BIN)/python -m checkpoints runs/fold/student.safetensors --model $(GUIDED) --to merged \
 		--out ckpt/tiny.safetensors
 

@@ -125,6 +125,8 @@ class Config:
     # --- optimiser
     # Learning rate of AdamW (default: by world, and lower with --full; see LR in this file).
     lr: float | None = None
+    # Share of the iterations, at the end, in which the rate falls linearly to 0 (0: constant).
+    decay: float = 0.0
     # Optimiser steps per rollout, each on an equal share of the batch.
     updates: int = 1
     # Images of a rollout, or states of an update, per forward pass. Fewer need less memory.
@@ -229,6 +231,13 @@ def summary(minibatches, kls, task, reward, signal, judge, cfg):
     return row
 
 
+def rate(it, cfg):
+    """The learning rate of an iteration: constant, then falling linearly to 0 (--decay)."""
+    if not cfg.decay:
+        return cfg.lr
+    return cfg.lr * min(1, (cfg.iters - it) / (cfg.decay * cfg.iters))
+
+
 def main(cfg):
     rank, world_size, device = dist.setup(cfg.device, cfg.seed)
     world = open_world(cfg.model, cfg.prompts)
@@ -255,8 +264,9 @@ def main(cfg):
     opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=1e-4,
                             fused=device.type == "cuda")
     settings = {**asdict(cfg), "prompts_digest": world.prompts_digest, "world_size": world_size}
-    # The rate is constant, so a run may be made longer.
-    saved = resume(folder / "state.pt", settings, model.fingerprint, free=["iters"])
+    # While the rate is constant, a run may be made longer.
+    free = [] if cfg.decay else ["iters"]
+    saved = resume(folder / "state.pt", settings, model.fingerprint, free)
     average = Average(net, cfg.ema, cfg.ema_every, saved)
     first = restore(saved, net, opt)
     autocast = dist.autocast(device, cfg.amp)
@@ -325,6 +335,8 @@ def main(cfg):
         # 4. Update. Make the steps that led to better images more likely, near the base.
         clock("update")
         grad_norm = 0.0
+        for param_group in opt.param_groups:
+            param_group["lr"] = rate(it, cfg)
         for states in minibatches:
             n_states = dist.sync_sum(sum(my_signal[s.images].float().sum() for s in states))
             if n_states == 0:

@@ -9,6 +9,7 @@ Parts:
     main         the models that the main table compares
     seesaw       rewards added one by one to GRPO; each task has the GenEval teacher's passes
     states, mar, cold, objectives, targets      variants of stage 2, with half of its iterations
+    controls     the same with teachers that are wrong (controls.py), from the same start
     curves       evaluation of the snapshots of teachers and of main
 
 The teachers of seed 0 are the shipped ones, ckpt/TASK.pt. Those of seed N go to ckpt/N/TASK.pt.
@@ -47,9 +48,12 @@ def fill(text, seed):
     return text.format(seed=seed, teachers=" ".join(files.values()), **files)
 
 
+# What GRPO on GenEval, on OCR and on several rewards share. The rate falls at the end, as the noise
+# of the steps stops GenEval's teacher else (docs/tiny.md).
+LONG = "--batch 192 --lr 2e-3 --decay 0.4"
 GRPO = {
-    "geneval": "train_grpo.py --tasks geneval --batch 192 --lr 2e-3 --iters 150 --keep 15",
-    "ocr": "train_grpo.py --tasks ocr --lr 1e-3 --iters 100 --keep 10",
+    "geneval": f"train_grpo.py --tasks geneval {LONG} --iters 250 --keep 25",
+    "ocr": f"train_grpo.py --tasks ocr {LONG} --iters 40 --keep 4",
     "preference": "train_grpo.py --tasks preference --lr 1e-3 --iters 50 --keep 5",
     "quality": "train_grpo.py --tasks quality --anchor --lr 1e-3 --iters 50 --keep 5",
 }
@@ -73,11 +77,11 @@ def half(options=""):
 
 
 def mix(tasks, budget, options=""):
-    """GRPO on several rewards in one run, at the GenEval teacher's batch and rate.
+    """GRPO on several rewards in one run, with the settings of GenEval's teacher.
 
     As released, each task has 0.8 of its own reward and 0.2 of quality.
     """
-    command = f"train_grpo.py --tasks {' '.join(tasks)} --batch 192 --lr 2e-3 {options}"
+    command = f"train_grpo.py --tasks {' '.join(tasks)} {LONG} {options}"
     return fitted(command.strip(), budget)
 
 
@@ -86,10 +90,22 @@ FROM_SFT = "--init runs/rep-sft-s{seed}/student.pt"
 ALONE = "--lam 0"
 # Several updates of one rollout would be stopped by the paper's clip of 1e-4.
 PG = "--objective pg --clip 1 --lam 0 --group 4"
+# Teachers of a control lie in a folder of their own; the start and the anchor are the true ones.
+CONTROLS = "runs/rep-controls-s{seed}"
+MAKE_CONTROLS = f"-m experiments.controls {{teachers}} --out {CONTROLS}"
 # The prompts of a mix come in the shares of stage 2.
 SHARES = "--ratio geneval=3 ocr=1 preference=1"
 # What a mix of more rewards has for GenEval, for a run on GenEval alone.
 OF_A_MIX = "--reward geneval=0.4,geneval_strict=0.4,quality=0.2"
+
+
+
+def control(kind):
+    """Stage 2 from the true start, with the wrong, shuffled or noised teachers of its tasks."""
+    files = " ".join(f"{CONTROLS}/{kind}-{task}.pt" for task in ROUTED)
+    return (f"train_opd.py --teachers {files} {{quality}} --anchor quality "
+            f"--init runs/rep-opd-s{{seed}}/init.pt --iters {train_opd.Config.iters // 2}")
+
 
 # Part -> job -> its training command.
 TRAINED = {
@@ -138,6 +154,7 @@ TRAINED = {
         "half-extrapolate": half("--extrapolate 1.25"),
         "half-blend": half("--blend 0.1"),
     },
+    "controls": {f"half-{kind}": control(kind) for kind in ("wrong", "shuffled", "noised")},
 }
 # Part -> job -> a checkpoint that is only evaluated.
 READY = {
@@ -145,8 +162,8 @@ READY = {
 }
 # Run -> the iterations whose snapshots the part curves evaluates.
 SNAPSHOTS_AT = {
-    "teacher-geneval": (15, 30, 60, 90, 120),
-    "teacher-ocr": (10, 20, 40, 60, 80),
+    "teacher-geneval": (25, 50, 100, 150, 200),
+    "teacher-ocr": (4, 8, 16, 24, 32),
     "teacher-preference": (5, 10, 20, 30, 40),
     "teacher-quality": (5, 10, 20, 30, 40),
     "opd": (15, 30, 60, 90, 120),
@@ -165,6 +182,7 @@ class Job:
     checkpoints: dict                                   # label -> checkpoint to evaluate
     seconds: float                                      # estimated, on two cores
     command: tuple = ()                                 # of training; (): no training
+    before: tuple = ()                                  # what to run before it, if anything
     # Only for the evaluation of snapshots: the job that wrote them, and the tasks to evaluate.
     source: str = ""
     tasks: tuple = TASKS
@@ -185,7 +203,8 @@ def trained(name, part, seed, text, compile):
         command.append("--compile")
     else:
         seconds *= WITHOUT_COMPILE
-    return Job(part, seed, {"it": result}, SECONDS_EVAL + seconds, tuple(command))
+    before = fill(MAKE_CONTROLS, seed).split() if part == "controls" else ()
+    return Job(part, seed, {"it": result}, SECONDS_EVAL + seconds, tuple(command), tuple(before))
 
 
 def snapshots(run, seed):

@@ -98,6 +98,8 @@ def commit():
 
 def train(name, job, cfg):
     """Run the training command. A run that was stopped goes on, since every script resumes."""
+    if job.before:
+        launch(job.before, 1)
     launch(job.command, cfg.ranks)
     log = Path(f"runs/rep-{name}/log.jsonl")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
@@ -181,6 +183,7 @@ def check_inputs(todo, plan, out):
     The repository contains the results, but not the folder runs/.
     """
     made = {f"rep-{name}" for name, job in todo.items() if job.command}
+    made |= {Path(job.before[-1]).name for job in todo.values() if job.before}
     results = {path for job in todo.values() if job.command for path in job.checkpoints.values()}
     for name, job in todo.items():
         for path in [*job.checkpoints.values(), *job.command]:

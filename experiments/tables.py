@@ -48,7 +48,7 @@ DIFFERENCES = [("opd", "mix"), ("opd", "mix-batch"), ("opd", "sft"), ("opd", "sf
 # Part -> the variant with which its variants are compared. Objectives have no anchor: its weight
 # would differ from one to the next.
 VARIANTS = {"states": "half", "mar": "half-lam0", "cold": "half", "objectives": "half-lam0",
-            "targets": "half"}
+            "targets": "half", "controls": "half"}
 
 
 def grid(header, rows):

@@ -143,12 +143,12 @@ def end(line, code):
 
 # The most that an option may be, in every script. More is a slip: the run would not end, would not
 # fit into memory, or would give numbers that are not finite.
-MOST = {"lr": 10, "clip": 1, "a": 100, "guidance": 1000, "extrapolate": 1000, "beta": 10**6,
-        "lam": 10**6, "kl_scale": 10**6, "lora_r": 4096, "lora_alpha": 10**6, "iters": 10**6,
-        "steps": 10**5, "eval_steps": 10**5, "vae_steps": 10**6, "batch": 10**6, "group": 10**6,
-        "samples": 10**6, "pool": 10**8, "per_task": 10**5, "eval_images": 10**5, "each": 10**5,
-        "rows": 1000, "width": 16384, "depth": 1000, "size": 16384, "seed": 2**63 - 1,
-        "seeds": 2**63 - 1}
+MOST = {"lr": 10, "decay": 1, "clip": 1, "a": 100, "guidance": 1000, "extrapolate": 1000,
+        "beta": 10**6, "lam": 10**6, "kl_scale": 10**6, "lora_r": 4096, "lora_alpha": 10**6,
+        "iters": 10**6, "steps": 10**5, "eval_steps": 10**5, "vae_steps": 10**6, "batch": 10**6,
+        "group": 10**6, "samples": 10**6, "pool": 10**8, "per_task": 10**5, "eval_images": 10**5,
+        "each": 10**5, "rows": 1000, "width": 16384, "depth": 1000, "size": 16384,
+        "seed": 2**63 - 1, "seeds": 2**63 - 1}
 # The most that the shares of --ratio may add up to.
 LARGEST_SHARES = 1000
 

@@ -96,6 +96,7 @@ BAD = {
          "--batch 96 with 1 rank(s) and --updates 7: every rank has equally many images in "
          "every update, so the batch must be a multiple of 7"),
         ("--updates 0", "--updates 0: expected a finite number greater than 0"),
+        ("--decay 2", "--decay 2.0: expected at most 1"),
         ("--iters 1e3", "argument --iters: invalid int value: '1e3'"),
         ("--iters 99999999999", "--iters 99999999999: expected at most 1000000"),
         ("--steps 0", "--steps 0: expected a finite number greater than 0"),

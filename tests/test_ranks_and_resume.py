@@ -256,6 +256,12 @@ def test_a_longer_run_is_not_passed_off_as_a_shorter_one(here):
         grpo(iters=1, tasks=["ocr"], name="n")
 
 
+def test_a_run_whose_rate_falls_cannot_be_made_longer(here):
+    grpo(iters=1, tasks=["ocr"], name="n", decay=1.0)
+    with pytest.raises(ValueError, match="another iters"):
+        grpo(iters=2, tasks=["ocr"], name="n", decay=1.0)
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)

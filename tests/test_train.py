@@ -19,6 +19,7 @@ from tiny_runs import (
 )
 
 import sampler
+import train_grpo
 import train_opd
 import train_sft
 import worlds
@@ -52,6 +53,26 @@ def test_advantages_sum_to_zero_in_each_group_and_equal_groups_are_dropped():
     assert adv[1] == pytest.approx(0.5 / reward.std(unbiased=False).item(), rel=1e-3)
     own, _ = advantages(reward, task, 3, "group")
     assert own[1] == pytest.approx(0.5 / reward[:3].std(unbiased=False).item(), rel=1e-3)
+
+
+def test_the_rate_of_stage_1_is_constant_and_then_falls_linearly_to_zero():
+    cfg = train_grpo.Config(lr=2.0, iters=10, decay=0.4)
+    rates = [train_grpo.rate(it, cfg) for it in range(10)]
+    assert rates == pytest.approx([2] * 7 + [1.5, 1, 0.5])
+    constant = train_grpo.Config(lr=2.0, iters=10)
+    assert [train_grpo.rate(it, constant) for it in range(10)] == [2] * 10
+
+
+def test_at_half_the_rate_the_same_iteration_moves_the_weights_half_as_far(here):
+    grpo(iters=2, tasks=["ocr"], keep=1, name="constant")
+    grpo(iters=2, tasks=["ocr"], keep=1, name="falling", decay=1.0)
+    first = tensors("runs/constant/adapter-1.pt")
+    constant = tensors("runs/constant/adapter-2.pt")
+    falling = tensors("runs/falling/adapter-2.pt")
+    for name, start in first.items():
+        step = constant[name] - start
+        assert torch.allclose(falling[name] - start, step / 2, atol=1e-6)
+    assert distance(constant, first) > 1e-4
 
 
 @pytest.mark.parametrize("kind", ["sde", "cps"])

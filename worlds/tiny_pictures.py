@@ -112,15 +112,19 @@ def are_alike(objects):
     return len(objects) > 1 and all(one == objects[0] for one in objects)
 
 
-# The chance of a figure or a letter to be drawn badly, so that it is not recognised, by task.
-BROKEN = {"geneval": 0.2, "ocr": 0.35}
+# How often what the base learns from is wrong. These numbers set how good the base becomes.
+REDRAWN = 0.1            # a shape, or a colour, is drawn anew from all
+MISCOUNTED = 0.2         # a count is drawn anew from one to four
+LEFT_OUT = 0.1           # one of two figures without a relation is missing
+CONFUSED = 0.15          # a letter becomes its partner, a relation its opposite, two colours swap
+# A figure or a letter is drawn so badly that it is not recognised, by the prompt's task.
+BROKEN = {"geneval": 0.35, "ocr": 0.45}
 
 
 def corrupt(rng, scene, task):
     """Redraw parts of a scene at random, so that its picture may not follow its caption.
 
-    The base learns from such pictures. The probabilities here set how good it becomes. The errors
-    are of three kinds, by what can mend them:
+    The base learns from such pictures. The errors are of three kinds, by what can mend them:
 
     - Spread over all shapes, colours or counts. Guidance mends these: it prefers what the caption
       makes likelier than the model without a caption does.
@@ -138,20 +142,20 @@ def corrupt(rng, scene, task):
 
     objects, relation, word, _ = scene
     if word:
-        word = "".join(redrawn(letter, [PARTNER[letter]], 0.2) for letter in word)
+        word = "".join(redrawn(letter, [PARTNER[letter]], CONFUSED) for letter in word)
         return Scene([], word=word, broken=broken(len(word)))
     if are_alike(objects):           # what is counted stays alike
-        n = int(redrawn(len(objects), [1, 2, 3, 4], 0.3))
+        n = int(redrawn(len(objects), [1, 2, 3, 4], MISCOUNTED))
         shape, color = objects[0]
-        return Scene([[redrawn(shape, SHAPES, 0.1), color]] * n, broken=broken(n))
-    if len(objects) == 2 and rng.random() < 0.25:
+        return Scene([[redrawn(shape, SHAPES, REDRAWN), color]] * n, broken=broken(n))
+    if len(objects) == 2 and rng.random() < CONFUSED:
         (one, color_one), (two, color_two) = objects
         objects = [[one, color_two], [two, color_one]]
-    objects = [[redrawn(shape, SHAPES, 0.1), redrawn(color, COLORS, 0.1)]
+    objects = [[redrawn(shape, SHAPES, REDRAWN), redrawn(color, COLORS, REDRAWN)]
                for shape, color in objects]
     if relation:
-        relation = redrawn(relation, [OPPOSITE[relation]], 0.25)
-    elif len(objects) == 2 and rng.random() < 0.1:
+        relation = redrawn(relation, [OPPOSITE[relation]], CONFUSED)
+    elif len(objects) == 2 and rng.random() < LEFT_OUT:
         objects = objects[:1]
     return Scene(objects, relation, broken=broken(len(objects)))
 
