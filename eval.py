@@ -32,13 +32,14 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoints.formats import read, split_label
+from checkpoints.formats import split_label
+from checkpoints.teachers import policy_of
 from plumbing import cli, dist
 from plumbing.files import write_text
 from plumbing.folder import check_writable
 from plumbing.picture import draw_grid, to_bytes
 from rewards import REWARDS, check_rewards, parse_reward, score
-from sampler import Policy, draw_noise, encode, sample, schedule
+from sampler import draw_noise, encode, sample, schedule
 from watch import tag_rows
 from worlds import open_world, presets
 from worlds.prompts import read_file
@@ -134,18 +135,8 @@ def label_models(ckpts):
 
 def read_models(cfg, paths, base):
     """Read the checkpoints, {label: path} -> {label: Policy}. Adapters are added to base."""
-    policies = {}
-    for n, (label, path) in enumerate(paths.items()):
-        policies[label] = Policy(base, None, cfg.guidance)
-        if path == "base":
-            continue
-        ckpt = read(path, base)
-        if "net" in ckpt:
-            policies[label].net = ckpt["net"]
-        else:
-            policies[label].adapter = f"model{n}"
-            base.add_adapter(policies[label].adapter, ckpt["r"], ckpt["alpha"], ckpt["tensors"])
-    return policies
+    return {label: policy_of(path, base, f"model{n}", cfg.guidance)
+            for n, (label, path) in enumerate(paths.items())}
 
 
 # ------------------------------------------------------------------ numbers

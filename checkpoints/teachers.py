@@ -1,9 +1,10 @@
-"""The teachers of a run: read, checked as a set, and attached to the network."""
+"""Checkpoints at work: the teachers of a run, read and checked as a set; a model to draw with."""
 import torch
 from torch import nn
 
 from checkpoints.formats import read, split_label
 from plumbing.files import fingerprint
+from sampler import Policy
 
 # The student's adapter and the base have these names, so no task can.
 TAKEN = ("student", "base")
@@ -65,6 +66,20 @@ def attach(teachers, net):
             scale = torch.tensor(teacher["alpha"] / teacher["r"])
             known[task] = fingerprint({**teacher["tensors"], "scale": scale})
     return known
+
+
+def policy_of(path, net, name, guidance=1.0):
+    """The Policy of a checkpoint, to draw with it. ValueError as read gives.
+
+    path: of any form, or "base". net: the base; an adapter is added to it under `name`.
+    """
+    if path == "base":
+        return Policy(net, None, guidance)
+    found = read(path, net)
+    if "net" in found:
+        return Policy(found["net"], None, guidance)
+    net.add_adapter(name, found["r"], found["alpha"], found["tensors"])
+    return Policy(net, name, guidance)
 
 
 def find_anchor(name, lam, teachers):

@@ -28,14 +28,14 @@ import torch
 
 import train_opd
 from checkpoints.cold_start import MERGES
-from checkpoints.formats import read
-from checkpoints.teachers import attach, read_teachers
+from checkpoints.teachers import attach, policy_of, read_teachers
 from eval import ALL_SCORES, TABLE
 from experiments.intervals import show_mean
 from experiments.jobs import ROUTED, TEACHERS
 from experiments.passes import passes
 from experiments.reproduce import commit, launch
 from experiments.tables import grid
+from experiments.unseen import BASE
 from plumbing import cli
 from plumbing.files import write_text
 from sampler import Policy, draw_noise, encode, sample, schedule
@@ -43,7 +43,6 @@ from worlds import open_world
 
 OUT = Path("results/speedrun")
 PAGE = Path("docs/speedrun.md")
-BASE = "ckpt/tiny.safetensors"
 ENOUGH = 0.95                                   # the part of a teacher's gain to reach
 SURE = 0.01                                     # the largest p of a record
 # Held-out images of each task. GenEval's gain is small against its noise, so it has most.
@@ -221,11 +220,7 @@ def distances(student):
     world = open_world(BASE)
     model = world.load(BASE)
     attach(read_teachers(list(TEACHERS.values()), model.mmdit, world.tasks), model.mmdit)
-    found = read(student, model.mmdit)
-    own = Policy(found.get("net", model.mmdit))
-    if "net" not in found:
-        own.adapter = "student"
-        model.mmdit.add_adapter("student", found["r"], found["alpha"], found["tensors"])
+    own = policy_of(student, model.mmdit, "student")
     far = {}
     for task in ROUTED:
         goal = draw(model, Policy(model.mmdit, task), world, task)

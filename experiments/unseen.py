@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoints.formats import read
-from sampler import Policy, draw_noise, encode, sample, schedule
+from checkpoints.teachers import policy_of
+from sampler import draw_noise, encode, sample, schedule
 from worlds import open_world
 from worlds.tiny_pictures import CELL, INK, RGB, background, detect, faithful, render, segment
 from worlds.tiny_prompts import PROMPTS
@@ -97,11 +97,7 @@ def measure(path, seed, n=600):
     """All numbers of a checkpoint (a path, or base) on n held-out GenEval prompts."""
     world = open_world(BASE)
     model = world.load(BASE)
-    policy = Policy(model.mmdit)
-    if path != "base":
-        found = read(path, model.mmdit)
-        policy.adapter = "model"
-        model.mmdit.add_adapter("model", found["r"], found["alpha"], found["tensors"])
+    policy = policy_of(path, model.mmdit, "model")
     metas = world.eval_prompts("geneval", n)
     images = draw(model, policy, [meta["prompt"] for meta in metas], (seed, "unseen"))
     rng = np.random.default_rng(seed)
