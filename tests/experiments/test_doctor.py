@@ -121,11 +121,13 @@ def test_a_learning_rate_that_does_not_learn_is_found(patient):
         patient.cfg = dataclasses.replace(patient.cfg, lr=3e-3, fit_steps=30)
 
 
-def test_twice_the_negative_of_a_teacher_is_found(patient):
+def test_the_negative_of_a_teacher_is_found(patient, monkeypatch):
+    # Eight images could not tell: each prompt is drawn a few times more, from other noise.
+    monkeypatch.setitem(patient.metas, "quality", 15 * patient.metas["quality"])
     assert doctor.adapters_fit(patient)[0]
     with torch.no_grad():
         for layer in patient.net.lora_layers().values():
-            layer.B["quality"].mul_(-2)
+            layer.B["quality"].neg_()
     expect_failure(doctor.teachers_are_better, patient, "worse than the base")
 
 
