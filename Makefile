@@ -29,11 +29,11 @@ lint: .venv/lint                  # widths, names, imports; the rules are in pyp
 
 oracles: .venv/oracles            # diffusers, peft, ...: what some tests compare with (else skipped)
 
-teachers: .venv/done              # stage 1, from the shipped base (25 minutes on two cores; resumes)
+teachers: .venv/done              # stage 1, from the shipped base (27 minutes on two cores; resumes)
 	$(RUN) train_grpo.py --tasks geneval $(LONG) --iters 250 --out ckpt/geneval.pt
-	$(RUN) train_grpo.py --tasks ocr $(LONG) --iters 40 --out ckpt/ocr.pt
+	$(RUN) train_grpo.py --tasks ocr $(LONG) --iters 80 --out ckpt/ocr.pt
 	$(RUN) train_grpo.py --tasks preference --lr 1e-3 --iters 50 --out ckpt/preference.pt
-	$(RUN) train_grpo.py --tasks quality --anchor --lr 1e-3 --iters 50 --out ckpt/quality.pt
+	$(RUN) train_grpo.py --tasks quality --anchor --lr 1e-3 --iters 30 --out ckpt/quality.pt
 
 doctor: .venv/done               # check the shipped model, teachers and rewards, one line a check
 	$(BIN)/python -m experiments.doctor --teachers ckpt/*.pt

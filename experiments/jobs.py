@@ -10,6 +10,7 @@ Parts:
     seesaw       rewards added one by one to GRPO; each task has the GenEval teacher's passes
     states, mar, cold, objectives, targets      variants of stage 2, with half of its iterations
     controls     the same with teachers that are wrong (controls.py), from the same start
+    early        stage 2 from teachers that were stopped half-way: can a student surpass them?
     curves       evaluation of the snapshots of teachers and of main
 
 The teachers of seed 0 are the shipped ones, ckpt/TASK.pt. Those of seed N go to ckpt/N/TASK.pt.
@@ -53,9 +54,9 @@ def fill(text, seed):
 LONG = "--batch 192 --lr 2e-3 --decay 0.4"
 GRPO = {
     "geneval": f"train_grpo.py --tasks geneval {LONG} --iters 250 --keep 25",
-    "ocr": f"train_grpo.py --tasks ocr {LONG} --iters 40 --keep 4",
+    "ocr": f"train_grpo.py --tasks ocr {LONG} --iters 80 --keep 8",
     "preference": "train_grpo.py --tasks preference --lr 1e-3 --iters 50 --keep 5",
-    "quality": "train_grpo.py --tasks quality --anchor --lr 1e-3 --iters 50 --keep 5",
+    "quality": "train_grpo.py --tasks quality --anchor --lr 1e-3 --iters 30 --keep 3",
 }
 OPD = "train_opd.py --teachers {teachers}"
 SFT = "train_sft.py --teachers {teachers}"
@@ -97,7 +98,10 @@ MAKE_CONTROLS = f"-m experiments.controls {{teachers}} --out {CONTROLS}"
 SHARES = "--ratio geneval=3 ocr=1 preference=1"
 # What a mix of more rewards has for GenEval, for a run on GenEval alone.
 OF_A_MIX = "--reward geneval=0.4,geneval_strict=0.4,quality=0.2"
-
+# The iterations whose snapshots have about half of each teacher's gain.
+EARLY = {"geneval": 100, "ocr": 8, "preference": 10}
+HALF_WAY = " ".join(f"runs/rep-{TEACHER_JOBS[task]}-s{{seed}}/adapter-{it}.pt"
+                    for task, it in EARLY.items())
 
 
 def control(kind):
@@ -112,6 +116,7 @@ TRAINED = {
     "teachers": {TEACHER_JOBS[task]: GRPO[task] for task in TASKS},
     "main": {
         "opd": f"{OPD} --keep 15",
+        "opd-velocity": f"{OPD} --objective velocity",
         "sft": SFT,
         "opd-sft": f"{OPD} {FROM_SFT} --keep 15",
         # With three times the passes of stage 2; and as many pictures, each the best of eight.
@@ -155,6 +160,7 @@ TRAINED = {
         "half-blend": half("--blend 0.1"),
     },
     "controls": {f"half-{kind}": control(kind) for kind in ("wrong", "shuffled", "noised")},
+    "early": {"opd-early": f"train_opd.py --teachers {HALF_WAY} {{quality}}"},
 }
 # Part -> job -> a checkpoint that is only evaluated.
 READY = {
@@ -163,9 +169,9 @@ READY = {
 # Run -> the iterations whose snapshots the part curves evaluates.
 SNAPSHOTS_AT = {
     "teacher-geneval": (25, 50, 100, 150, 200),
-    "teacher-ocr": (4, 8, 16, 24, 32),
+    "teacher-ocr": (8, 16, 32, 48, 64),
     "teacher-preference": (5, 10, 20, 30, 40),
-    "teacher-quality": (5, 10, 20, 30, 40),
+    "teacher-quality": (3, 6, 12, 18, 24),
     "opd": (15, 30, 60, 90, 120),
     "opd-sft": (15, 30, 60, 90, 120),
 }

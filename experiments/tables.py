@@ -3,17 +3,19 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import ALL_SCORES
+from eval import ALL_SCORES, SCORES
 from experiments.intervals import mean_interval, ratio_interval, show_mean
-from experiments.jobs import ROUTED, TASKS, TEACHER_JOBS, TRAINED, commands
+from experiments.jobs import EARLY, ROUTED, TASKS, TEACHER_JOBS, TRAINED, commands
 from experiments.passes import passes
 from experiments.results import (
     SECONDS_IT,
+    SNAPSHOTS,
     UNSEEN,
     collect,
     curve,
     gains,
     minus,
+    pick,
     reached,
     scores,
     shared_seeds,
@@ -40,10 +42,12 @@ ROWS = {
     "merge": "merge of the teachers",
     "opd-sft": "Flow-OPD from SFT",
     "opd": "Flow-OPD from the merge",
+    "opd-velocity": "Flow-OPD, `--objective velocity`",
 }
 # (model, other): a row of the differences, model minus other.
 DIFFERENCES = [("opd", "mix"), ("opd", "mix-batch"), ("opd", "sft"), ("opd", "sft-long"),
                ("opd", "sft-best"), ("opd", "merge"), ("opd", "opd-sft"),
+               ("opd-velocity", "opd"), ("opd-velocity", "mix"),
                ("seesaw-2", "seesaw-1"), ("seesaw-3", "seesaw-1")]
 # Part -> the variant with which its variants are compared. Objectives have no anchor: its weight
 # would differ from one to the next.
@@ -122,7 +126,7 @@ def difference_rows(found, pairs):
 def difference_table(found):
     """Model minus model, and the student minus each teacher on the teacher's own task."""
     rows = difference_rows(found, DIFFERENCES)
-    for name in ("opd", "opd-sft", "mix", "mix-batch", "sft-long"):
+    for name in ("opd", "opd-velocity", "opd-sft", "mix", "mix-batch", "sft-long"):
         seeds = shared_seeds(found, name, *TEACHER_JOBS.values())
         if seeds:
             parts = [minus(found, name, TEACHER_JOBS[task], task, seeds) for task in TASKS]
@@ -130,7 +134,25 @@ def difference_table(found):
             cells = [difference(part) for part in [*parts, together]]
             label = "each teacher on its own task (the last: of the first three)"
             rows.append([f"{title(name)} minus {label}", str(len(seeds)), *cells])
+    rows += early_rows(found)
     return grid(["difference", "seeds", *COLUMN_NAMES], rows)
+
+
+def early_rows(found):
+    """The student of teachers that were stopped half-way, minus each of these on its own task."""
+    curves = {task: f"curve-{TEACHER_JOBS[task]}" for task in EARLY}
+    seeds = shared_seeds(found, "opd-early", *curves.values())
+    if not seeds:
+        return []
+    parts = []
+    for task, it in EARLY.items():
+        shots = [result[SNAPSHOTS][str(it)] for result in pick(found, curves[task], seeds)]
+        student = scores(pick(found, "opd-early", seeds), task)
+        parts.append(student - scores([{SCORES: shot} for shot in shots], task))
+    cells = [difference(part) for part in parts]
+    cells += ["-", difference(np.mean(parts, axis=0))]  # the teacher of quality is not stopped
+    label = "half-way teachers minus each of these on its own task (the last: of the three)"
+    return [[f"Flow-OPD from {label}", str(len(seeds)), *cells]]
 
 
 def variant_table(found):

@@ -3,6 +3,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 RIGHT = 0.9                          # the least score that counts as right
+TEACHER = "its teacher"              # the column of each task's own teacher
 GREEN, RED = (30, 150, 60), (205, 40, 40)
 # In pixels: width of the prompt column, height of the label row, gap between tiles, height of the
 # score line.
@@ -15,7 +16,7 @@ def to_bytes(image):
 
 
 def columns(shown):
-    """The columns of the picture: models that are named after the tasks share one, "its teacher".
+    """The columns of the picture: models that are named after the tasks share one, TEACHER.
 
     shown: {label: {task: cells}}. With a model for each task, a row shows that of its own task.
     """
@@ -25,7 +26,7 @@ def columns(shown):
     merged = {}
     for label, cells in shown.items():
         if label in tasks:
-            merged.setdefault("its teacher", {})[label] = cells[label]
+            merged.setdefault(TEACHER, {})[label] = cells[label]
         else:
             merged[label] = cells
     return merged
@@ -34,21 +35,24 @@ def columns(shown):
 def choose_rows(shown, rows):
     """Choose `rows` prompts, about equally many per task. Returns [(task, index)].
 
-    The first prompts on which the models disagree are chosen. If there are too few, the first on
-    which they agree follow. shown: {label: {task: [(prompt, image, score)]}}.
+    With a column of teachers, the first prompts are chosen that the first model gets wrong and the
+    teacher right, so that no other model has a say. Without one, the first on which any models
+    disagree. If there are too few, the first of the rest follow.
+    shown: {label: {task: [(prompt, image, score)]}}.
     """
     some = next(iter(shown.values()))
     chosen = []
     for n, task in enumerate(some):
         wanted = (n + 1) * rows // len(some) - n * rows // len(some)
-        disagree, agree = [], []
+        telling, rest = [], []
         for i in range(len(some[task])):
-            verdicts = {cells[task][i][2] >= RIGHT for cells in shown.values()}
-            if len(verdicts) > 1:
-                disagree.append(i)
+            right = {label: cells[task][i][2] >= RIGHT for label, cells in shown.items()}
+            if TEACHER in shown:
+                tells = right[TEACHER] and not right[next(iter(shown))]
             else:
-                agree.append(i)
-        chosen += [(task, i) for i in sorted((disagree + agree)[:wanted])]
+                tells = len(set(right.values())) > 1
+            (telling if tells else rest).append(i)
+        chosen += [(task, i) for i in sorted((telling + rest)[:wanted])]
     return chosen
 
 

@@ -399,7 +399,7 @@ BAD = {
     "experiments.reproduce": [
         ("--parts fly",
          "--parts fly: expected some of teachers, main, seesaw, states, mar, cold, objectives, "
-         "targets, controls, curves"),
+         "targets, controls, early, curves"),
         ("--only fly", "--only fly: expected some of ..."),
         ("--ranks 3", "--ranks 3: expected 1 or 2, which divide the batches of the tiny world"),
         ("--seeds -1", "--seeds -1: expected a finite number of 0 or more"),

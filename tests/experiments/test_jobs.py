@@ -76,6 +76,15 @@ def test_every_command_of_the_plan_is_one_that_its_script_reads():
         cli.parse(SCRIPTS[script].Config, options)
 
 
+def test_half_way_teachers_are_snapshots_that_are_kept_and_evaluated():
+    for task, it in jobs.EARLY.items():
+        assert it in jobs.SNAPSHOTS_AT[f"teacher-{task}"]
+    for run, shots in jobs.SNAPSHOTS_AT.items():
+        command = PLAN[f"{run}-s0"].command
+        keep = int(command[command.index("--keep") + 1])
+        assert all(it % keep == 0 for it in shots), run
+
+
 def test_a_seed_has_teachers_of_its_own_and_the_shipped_ones_are_those_of_seed_0():
     assert PLAN["teacher-ocr-s0"].checkpoints == {"it": "ckpt/ocr.pt"}
     assert PLAN["teacher-ocr-s2"].checkpoints == {"it": "ckpt/2/ocr.pt"}

@@ -6,6 +6,7 @@ import pytest
 from eval import ALL_SCORES, SCORES
 from experiments import reproduce, tables
 from experiments.intervals import Interval
+from experiments.jobs import EARLY
 from experiments.results import (
     OF_BASE,
     SECONDS_IT,
@@ -79,6 +80,17 @@ def test_a_student_is_compared_with_each_teacher_on_its_own_task(found):
     line = [line for line in tables.difference_table(found).splitlines() if "own task" in line][0]
     # 0.30 - 0.3, 0.6 - 0.8, 0.4 - 0.6, 0.8 - 1.0
     assert "0.000 ± 0.025 | **-0.200 ± 0.000** | **-0.200 ± 0.000** |" in line
+
+
+def test_a_student_of_half_way_teachers_is_compared_with_their_snapshots(found):
+    row = "Flow-OPD from half-way teachers minus each of these on its own task"
+    assert row not in tables.difference_table(found)
+    found["opd-early"] = {seed: result(0.5, 0.6, 0.7, 0.8) for seed in range(3)}
+    for task, it in EARLY.items():
+        shots = {"1": {task: [0.0] * N}, str(it): {task: [0.4] * N}}
+        found[f"curve-teacher-{task}"] = {seed: {SNAPSHOTS: shots} for seed in range(3)}
+    line = [line for line in tables.difference_table(found).splitlines() if row in line][0]
+    assert "| **+0.100 ± 0.000** | **+0.200 ± 0.000** | **+0.300 ± 0.000** | - | **+0.200" in line
 
 
 def test_a_curve_begins_with_the_cold_start_and_ends_with_the_run(found):

@@ -10,6 +10,7 @@ from plumbing.picture import (
     LEFT,
     LINE,
     RED,
+    TEACHER,
     TOP,
     choose_rows,
     columns,
@@ -49,6 +50,15 @@ def test_any_two_of_the_models_may_disagree():
     assert choose_rows(shown, 1) == [("ocr", 1)]
 
 
+def test_beside_teachers_the_base_must_be_wrong_and_the_teacher_right_and_no_other_has_a_say():
+    base = {"ocr": cells(0, 1, 0, 0, 0)}
+    teacher = {"ocr": cells(0, 0, 1, 1, 1)}
+    for student in (cells(1, 1, 0, 1, 0), cells(0, 0, 1, 0, 1)):
+        shown = {"base": base, TEACHER: teacher, "student": {"ocr": student}}
+        assert choose_rows(shown, 2) == [("ocr", 2), ("ocr", 3)]
+    assert choose_rows({"base": base, TEACHER: teacher}, 4) == [("ocr", i) for i in (0, 2, 3, 4)]
+
+
 def test_where_too_few_disagree_the_first_others_are_added_in_the_order_of_the_prompts():
     shown = {"a": {"ocr": cells(0, 1, 0, 0)}, "b": {"ocr": cells(0, 1, 1, 0)}}
     assert choose_rows(shown, 2) == [("ocr", 0), ("ocr", 2)]
@@ -74,8 +84,8 @@ def test_models_named_after_the_tasks_share_a_column_of_each_tasks_own_teacher()
 
     shown = {"base": model(0, 1), "ocr": model(2, 3), "quality": model(4, 5), "it": model(6, 7)}
     merged = columns(shown)
-    assert list(merged) == ["base", "its teacher", "it"]
-    assert merged["its teacher"] == {"ocr": shown["ocr"]["ocr"],
+    assert list(merged) == ["base", TEACHER, "it"]
+    assert merged[TEACHER] == {"ocr": shown["ocr"]["ocr"],
                                      "quality": shown["quality"]["quality"]}
     del shown["quality"]                                # not every task has a teacher here
     assert columns(shown) == shown
