@@ -35,12 +35,13 @@ def columns(shown):
 def choose_rows(shown, rows):
     """Choose `rows` prompts, about equally many per task. Returns [(task, index)].
 
-    With a column of teachers, the first prompts are chosen that the first model gets wrong and the
-    teacher right, so that no other model has a say. Without one, the first on which any models
-    disagree. If there are too few, the first of the rest follow.
+    With a column of teachers, the first prompts are chosen that the first other model gets wrong
+    and the teacher right, so that no further model has a say. Without one, the first on which any
+    models disagree. If there are too few, the first of the rest follow.
     shown: {label: {task: [(prompt, image, score)]}}.
     """
     some = next(iter(shown.values()))
+    first = next((label for label in shown if label != TEACHER), None)
     chosen = []
     for n, task in enumerate(some):
         wanted = (n + 1) * rows // len(some) - n * rows // len(some)
@@ -48,7 +49,7 @@ def choose_rows(shown, rows):
         for i in range(len(some[task])):
             right = {label: cells[task][i][2] >= RIGHT for label, cells in shown.items()}
             if TEACHER in shown:
-                tells = right[TEACHER] and not right[next(iter(shown))]
+                tells = right[TEACHER] and not right.get(first, False)
             else:
                 tells = len(set(right.values())) > 1
             (telling if tells else rest).append(i)

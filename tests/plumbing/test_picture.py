@@ -56,6 +56,8 @@ def test_beside_teachers_the_base_must_be_wrong_and_the_teacher_right_and_no_oth
     for student in (cells(1, 1, 0, 1, 0), cells(0, 0, 1, 0, 1)):
         shown = {"base": base, TEACHER: teacher, "student": {"ocr": student}}
         assert choose_rows(shown, 2) == [("ocr", 2), ("ocr", 3)]
+        shown = {TEACHER: teacher, "base": base, "student": {"ocr": student}}
+        assert choose_rows(shown, 2) == [("ocr", 2), ("ocr", 3)]
     assert choose_rows({"base": base, TEACHER: teacher}, 4) == [("ocr", i) for i in (0, 2, 3, 4)]
 
 
