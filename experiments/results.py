@@ -102,6 +102,11 @@ def gains(found, name, task, seeds):
 # ------------------------------------------------------------------ curves
 
 
+def snapshot(found, run, it, seeds):
+    """The results of a run's snapshot at an iteration, as scores takes them. it: a string."""
+    return [{SCORES: result[SNAPSHOTS][it]} for result in pick(found, f"curve-{run}", seeds)]
+
+
 # Run -> the model that it starts from. Others start from the base.
 START = {"opd": "merge", "opd-sft": "sft"}
 
@@ -119,9 +124,8 @@ def curve(found, name, task):
     goal = scores(pick(found, TEACHER_JOBS[task], seeds), task) - base
     ends = pick(found, name, seeds)
     images = {0: pick(found, start, seeds), ends[0]["iterations"]: ends}
-    shots = [result[SNAPSHOTS] for result in pick(found, f"curve-{name}", seeds)]
-    for it in shots[0]:
-        images[int(it)] = [{SCORES: shot[it]} for shot in shots]
+    for it in found[f"curve-{name}"][seeds[0]][SNAPSHOTS]:
+        images[int(it)] = snapshot(found, name, it, seeds)
     points = []
     for it in sorted(images):
         if task in images[it][0][SCORES]:

@@ -3,13 +3,12 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import ALL_SCORES, SCORES
+from eval import ALL_SCORES
 from experiments.intervals import mean_interval, ratio_interval, show_mean
 from experiments.jobs import EARLY, ROUTED, TASKS, TEACHER_JOBS, TRAINED, commands
 from experiments.passes import passes
 from experiments.results import (
     SECONDS_IT,
-    SNAPSHOTS,
     UNSEEN,
     collect,
     curve,
@@ -19,6 +18,7 @@ from experiments.results import (
     reached,
     scores,
     shared_seeds,
+    snapshot,
 )
 from plumbing.files import write_text
 
@@ -130,29 +130,32 @@ def difference_table(found):
         seeds = shared_seeds(found, name, *TEACHER_JOBS.values())
         if seeds:
             parts = [minus(found, name, TEACHER_JOBS[task], task, seeds) for task in TASKS]
-            together = np.mean(parts[:len(ROUTED)], axis=0)
-            cells = [difference(part) for part in [*parts, together]]
             label = "each teacher on its own task (the last: of the first three)"
-            rows.append([f"{title(name)} minus {label}", str(len(seeds)), *cells])
-    rows += early_rows(found)
-    return grid(["difference", "seeds", *COLUMN_NAMES], rows)
+            rows.append(own_task_row(f"{title(name)} minus {label}", parts, seeds))
+    return grid(["difference", "seeds", *COLUMN_NAMES], rows + early_rows(found))
+
+
+def own_task_row(label, parts, seeds):
+    """A student minus each teacher on its own task, then the mean of these over ROUTED.
+
+    parts: the differences, for the first of TASKS. The others have no number.
+    """
+    cells = [difference(part) for part in parts] + ["-"] * (len(TASKS) - len(parts))
+    together = difference(np.mean(parts[:len(ROUTED)], axis=0))
+    return [label, str(len(seeds)), *cells, together]
 
 
 def early_rows(found):
     """The student of teachers that were stopped half-way, minus each of these on its own task."""
-    curves = {task: f"curve-{TEACHER_JOBS[task]}" for task in EARLY}
-    seeds = shared_seeds(found, "opd-early", *curves.values())
+    seeds = shared_seeds(found, "opd-early", *(f"curve-{TEACHER_JOBS[task]}" for task in EARLY))
     if not seeds:
         return []
     parts = []
     for task, it in EARLY.items():
-        shots = [result[SNAPSHOTS][str(it)] for result in pick(found, curves[task], seeds)]
-        student = scores(pick(found, "opd-early", seeds), task)
-        parts.append(student - scores([{SCORES: shot} for shot in shots], task))
-    cells = [difference(part) for part in parts]
-    cells += ["-", difference(np.mean(parts, axis=0))]  # the teacher of quality is not stopped
+        teacher = snapshot(found, TEACHER_JOBS[task], str(it), seeds)
+        parts.append(scores(pick(found, "opd-early", seeds), task) - scores(teacher, task))
     label = "half-way teachers minus each of these on its own task (the last: of the three)"
-    return [[f"Flow-OPD from {label}", str(len(seeds)), *cells]]
+    return [own_task_row(f"Flow-OPD from {label}", parts, seeds)]
 
 
 def variant_table(found):

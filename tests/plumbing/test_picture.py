@@ -87,8 +87,7 @@ def test_models_named_after_the_tasks_share_a_column_of_each_tasks_own_teacher()
     shown = {"base": model(0, 1), "ocr": model(2, 3), "quality": model(4, 5), "it": model(6, 7)}
     merged = columns(shown)
     assert list(merged) == ["base", TEACHER, "it"]
-    assert merged[TEACHER] == {"ocr": shown["ocr"]["ocr"],
-                                     "quality": shown["quality"]["quality"]}
+    assert merged[TEACHER] == {"ocr": shown["ocr"]["ocr"], "quality": shown["quality"]["quality"]}
     del shown["quality"]                                # not every task has a teacher here
     assert columns(shown) == shown
 
