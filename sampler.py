@@ -1,7 +1,7 @@
 """
 Sampling a flow-matching model, and the density of what was sampled.
 
-Everything that GRPO and OPD need of a sampler is here, and both speak in three words:
+Everything that GRPO and OPD need of a sampler is here, and they speak in four words:
 
     policy = Policy(net, "ocr", guidance=4.5)         # a velocity field: v = policy(x, t, text)
     sampler = Sampler(schedule(10), "sde", 0.7, range(9))
@@ -332,11 +332,11 @@ def visited(trajectory, steps, images, sampler):
     return states
 
 
-def regroup(states, images, micro, signal=None, by_step=False):
+def regroup(states, images, micro, kept=None, by_step=False):
     """Those States that are of these images, joined and cut anew: at most micro states a piece.
 
     A piece is one forward pass, in which steps may mix; by_step: they may not. images (b,): places
-    in this rank's batch. signal, for all of these places: states of an image without it are left
+    in this rank's batch. kept, for all of these places: states of an image that is not are left
     out, but for one if no other is there: each rank needs a forward pass, for the all-reduce.
     """
     joined = {}
@@ -344,8 +344,8 @@ def regroup(states, images, micro, signal=None, by_step=False):
         values = [getattr(s, f.name) for s in states]
         joined[f.name] = torch.cat(values) if torch.is_tensor(values[0]) else values[0]
     rows = torch.isin(joined["images"], images).nonzero()[:, 0]
-    if signal is not None:
-        counted = rows[signal[joined["images"][rows]]]
+    if kept is not None:
+        counted = rows[kept[joined["images"][rows]]]
         rows = counted if len(counted) else rows[:1]
     groups = [rows]
     if by_step:
@@ -358,16 +358,16 @@ def regroup(states, images, micro, signal=None, by_step=False):
     return pieces
 
 
-def table(minibatches, name, n_images, n_steps, signal=None):
+def table(minibatches, name, n_images, n_steps, kept=None):
     """What the states say of themselves as name ("kl", ...): (images, steps), nan where nothing.
 
-    signal (n_images,): images without it count for nothing, also the one that regroup keeps.
+    kept (n_images,): images that are not count for nothing, also the one that regroup adds.
     """
     filled = torch.full((n_images, n_steps), math.nan, device=minibatches[0][0].x.device)
     for s in chain(*minibatches):
         filled[s.images, s.slot] = getattr(s, name)
-    if signal is not None:
-        filled[~signal] = math.nan
+    if kept is not None:
+        filled[~kept] = math.nan
     return filled
 
 

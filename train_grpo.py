@@ -186,32 +186,6 @@ PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=10, noisy=[0,
 LR = {("tiny", False): 5e-4, ("tiny", True): 1e-5, ("sd3", False): 3e-4, ("sd3", True): 1e-5}
 
 
-def check(cfg, world, world_size):
-    """ValueError for all that can be known to be wrong before any time is spent.
-
-    It also fills in the defaults of lr, lora_r and lora_alpha.
-    """
-    if cfg.lr is None:
-        cfg.lr = LR.get((world.name, cfg.full), LR["tiny", cfg.full])
-    cli.lora_defaults(cfg, world.lora, new=cfg.init == "none" and not cfg.full)
-    cli.positive(cfg, "iters", "batch", "group", "steps", "a", "lora_r", "lora_alpha", "lr",
-                 "updates", "micro", "save_every", "clip", "ema_every")
-    cli.check_training(cfg)
-    for task in cfg.tasks:
-        if task not in world.tasks:
-            raise ValueError(f"--tasks {task}: unknown task; the world of this model has "
-                             f"{', '.join(world.tasks)}; --prompts {task}=DIR makes a new one")
-    if not cfg.tasks or len(set(cfg.tasks)) < len(cfg.tasks):
-        raise ValueError(f"--tasks {' '.join(cfg.tasks)}: expected each task once, at least one")
-    if cfg.group < 2:
-        raise ValueError(f"--group {cfg.group}: an advantage compares images of one prompt, "
-                         "so at least 2 are needed")
-    world.check_prompts(cfg.tasks)
-    cli.check_rollout(cfg, world_size)
-    check_window(cfg)
-    check_watch(cfg, world, cfg.tasks)
-
-
 def summary(minibatches, kls, task, reward, signal, judge, cfg):
     """What the log says of an iteration.
 
@@ -337,12 +311,12 @@ def main(cfg):
         grad_norm = 0.0
         for param_group in opt.param_groups:
             param_group["lr"] = rate(it, cfg)
-        for states in minibatches:
-            n_states = dist.sync_sum(sum(my_signal[s.images].float().sum() for s in states))
+        for minibatch in minibatches:
+            n_states = dist.sync_sum(sum(my_signal[s.images].float().sum() for s in minibatch))
             if n_states == 0:
                 continue
-            for s in states:
-                dist.reduce_now(policy.net, s is states[-1])      # once per update
+            for s in minibatch:
+                dist.reduce_now(policy.net, s is minibatch[-1])   # once per update
                 with autocast:
                     v = policy(s.x, s.t, text.rows(s.images))
                     ratio = likelihood_ratio(v, s)
@@ -378,6 +352,32 @@ def main(cfg):
     out = save(out)
     if rank == 0:
         print(f"wrote {out}")
+
+
+def check(cfg, world, world_size):
+    """ValueError for all that can be known to be wrong before any time is spent.
+
+    It also fills in the defaults of lr, lora_r and lora_alpha.
+    """
+    if cfg.lr is None:
+        cfg.lr = LR.get((world.name, cfg.full), LR["tiny", cfg.full])
+    cli.lora_defaults(cfg, world.lora, cfg.full)
+    cli.positive(cfg, "iters", "batch", "group", "steps", "a", "lora_r", "lora_alpha", "lr",
+                 "updates", "micro", "save_every", "clip", "ema_every")
+    cli.check_training(cfg)
+    for task in cfg.tasks:
+        if task not in world.tasks:
+            raise ValueError(f"--tasks {task}: unknown task; the world of this model has "
+                             f"{', '.join(world.tasks)}; --prompts {task}=DIR makes a new one")
+    if not cfg.tasks or len(set(cfg.tasks)) < len(cfg.tasks):
+        raise ValueError(f"--tasks {' '.join(cfg.tasks)}: expected each task once, at least one")
+    if cfg.group < 2:
+        raise ValueError(f"--group {cfg.group}: an advantage compares images of one prompt, "
+                         "so at least 2 are needed")
+    world.check_prompts(cfg.tasks)
+    cli.check_rollout(cfg, world_size)
+    check_window(cfg)
+    check_watch(cfg, world, cfg.tasks)
 
 
 if __name__ == "__main__":

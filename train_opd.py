@@ -2,7 +2,6 @@
 Stage 2: Flow-OPD. One student learns from all teachers, on the states that it visits itself.
 
     python train_opd.py --teachers ckpt/*.pt                                # -> runs/opd/student.pt
-    torchrun --nproc_per_node=2 train_opd.py --teachers ckpt/*.pt           # OMP_NUM_THREADS=1
     torchrun --nproc_per_node=8 train_opd.py --teachers ckpt/*.pt           # eight GPUs
     torchrun --nproc_per_node=8 train_opd.py --model stable-diffusion-3.5-medium \\
         --teachers geneval=DIR ocr=DIR quality=DIR --anchor quality         # SD3.5
@@ -15,23 +14,8 @@ prompt's own teacher says where it would go next. So does the anchor, whatever t
 prompt: one more teacher, or the base. The loss pulls the student's step there. By default no image
 is scored.
 
-How to pull is where the paper, its code and its followers differ. Fix a state x. The student goes
-to x_next ~ p_S(.|x), a Gaussian. The teacher's p_T has the same variance, so D = KL(p_S || p_T) is
-known in closed form: D = w(t) |v_S - v_T|^2. The objectives are losses at this x. No gradient flows
-through x or v_T; "sg" stops the gradient too:
-
-    objective               the loss, or A in -ratio A                  its expected gradient
-    kl                      D                                           grad D, no variance at x
-    velocity                |v_S - v_T|^2                               grad D / w(t)
-    pg, dense, step         A = sg(-D), the paper's text                0 while the ratio is 1
-    pg, sampled, step       A = sg(log p_T(x_next) - log p_S(x_next))   grad D, plus noise
-    pg, sampled, future     A = the sum of those from this step on      grad KL of the whole window
-    pg, dense, future       A = sg(-the sum of D from this step on)     that minus the sum of grad D
-    released                A = -D dt, not stopped, the released code   dt grad D, plus noise
-    mixed                   D, plus A = the reward's advantage          both, plus noise
-
-docs/method.md derives this table, and tests/test_objectives.py shows it on a policy whose
-expectations are known.
+The default loss is the KL of the two steps, w(t) |v_S - v_T|^2. The paper, its code and its
+followers pull in other ways: see OBJECTIVES in this file.
 
 Papers: Flow-OPD arXiv 2605.08063; sampled: Thinking Machines 2025; closed form: DiffusionOPD arXiv
 2605.15055; one state, velocity: DanceOPD arXiv 2606.27377; both branches: PDM arXiv 2607.24731;
@@ -149,7 +133,7 @@ class Config:
     full: bool = False
 
     # --- loss
-    # The loss at a state: one of OBJECTIVES, see above.
+    # The loss at a state: one of OBJECTIVES, see below.
     objective: str = "kl"
     # For pg: the reward of a step. dense is -D, sampled is log(p_T / p_S) at the sampled x_next.
     step_reward: Literal["dense", "sampled"] = "dense"
@@ -233,6 +217,24 @@ LR = {("tiny", False): 3e-3, ("tiny", True): 1e-4, ("sd3", False): 1e-4, ("sd3",
 
 # ------------------------------------------------------------------ the objectives, side by side
 
+# Fix a state x. The student goes to x_next ~ p_S(.|x), a Gaussian. The teacher's p_T has the same
+# variance, so D = KL(p_S || p_T) is known in closed form: D = w(t) |v_S - v_T|^2. The default is D.
+# The others are its rivals in the paper, its code and its followers. In the table, sg stops the
+# gradient, and A is the advantage in the loss -ratio A. No gradient flows through x or v_T.
+#
+#   objective               the loss, or A in -ratio A                  its expected gradient
+#   kl                      D                                           grad D, no variance at x
+#   velocity                |v_S - v_T|^2                               grad D / w(t)
+#   pg, dense, step         A = sg(-D), the paper's text                0 while the ratio is 1
+#   pg, sampled, step       A = sg(log p_T(x_next) - log p_S(x_next))   grad D, plus noise
+#   pg, sampled, future     A = the sum of those from this step on      grad KL of the whole window
+#   pg, dense, future       A = sg(-the sum of D from this step on)     grad KL minus sum of grad D
+#   released                A = -D dt, not stopped, the released code   dt grad D, plus noise
+#   mixed                   D, plus A = the reward's advantage          both, plus noise
+#
+# docs/method.md derives this table, and tests/test_objectives.py shows it on a policy whose
+# expectations are known.
+
 
 def velocity_loss(v, s, cfg):
     """|v_S - v_T|^2 without w(t), averaged over elements: DanceOPD's."""
@@ -292,8 +294,7 @@ def step_reward(s, kind):
     """
     if kind == "dense":
         return -kl(s.v_old, s.v_target, s)
-    logp_target = log_prob(s.x_next, *s.gaussian(s.v_target))
-    return logp_target - log_prob(s.x_next, *s.gaussian(s.v_old))
+    return log_prob(s.x_next, *s.gaussian(s.v_target)) - s.logp_old
 
 
 def credited(reward, group, credit):
@@ -356,8 +357,8 @@ def rollout_steps(cfg):
 class Teachers:
     """Where states should go: v_target, the velocity of each prompt's own teacher, and v_anchor.
 
-    Which fields a state needs is a row of a table. A field is a teacher or the base; it sees its
-    states together, and each state once. Teachers that are adapters share the base's weights. With
+    Each of them sees the states that need it in one pass, and each state once. So does the base,
+    where it is asked. Teachers that are adapters share the base's weights. With
     cfg.blend the other teachers have a say too, and with cfg.extrapolate the target lies beyond the
     teacher, away from the base.
     """
@@ -368,19 +369,20 @@ class Teachers:
             raise ValueError(f"--blend {cfg.blend}: there is one teacher, so none to blend it with")
         self.cfg = cfg
         self.both = cfg.match == "branches"
-        self.fields = {}                            # the columns of the table
+        self.policies = {}                          # the teachers in their order, then the base
         for task, teacher in teachers.items():
             if "net" in teacher:                    # a whole transformer
-                self.fields[task] = Policy(teacher["net"], None, cfg.guidance, self.both)
+                self.policies[task] = Policy(teacher["net"], None, cfg.guidance, self.both)
             else:
-                self.fields[task] = Policy(base, task, cfg.guidance, self.both)
-        self.fields["base"] = Policy(base, None, cfg.guidance, self.both)
-        self.anchor = list(self.fields).index(anchor) if anchor else None
+                self.policies[task] = Policy(base, task, cfg.guidance, self.both)
+        self.policies["base"] = Policy(base, None, cfg.guidance, self.both)
+        self.anchor = list(self.policies).index(anchor) if anchor else None
 
     def __call__(self, s, text, task):
-        """v_target and v_anchor (or None) of a State of b images. task (b,): column of its own."""
+        """v_target and v_anchor (or None) of a State of b images. task (b,): index of a teacher."""
         states = torch.arange(len(task), device=task.device)
-        n_tasks = len(self.fields) - 1
+        n_tasks = len(self.policies) - 1
+        # needed[i, n]: does state i need the answer of policy n?
         needed = torch.zeros(len(task), n_tasks + 1, dtype=torch.bool, device=task.device)
         needed[states, task] = True
         if self.cfg.blend:
@@ -392,10 +394,10 @@ class Teachers:
 
         channels = (2 if self.both else 1) * s.x.shape[1]
         answers = s.x.new_zeros(len(task), n_tasks + 1, channels, *s.x.shape[2:])
-        for column, policy in enumerate(self.fields.values()):
-            for i in needed[:, column].nonzero()[:, 0].split(self.cfg.micro):
+        for n, policy in enumerate(self.policies.values()):
+            for i in needed[:, n].nonzero()[:, 0].split(self.cfg.micro):
                 if len(i) > 0:
-                    answers[i, column] = policy(s.x[i], s.t[i], text.rows(s.images[i]))
+                    answers[i, n] = policy(s.x[i], s.t[i], text.rows(s.images[i]))
 
         v = answers[states, task]
         if self.cfg.blend:                          # sum_k alpha_k v_k with sum alpha = 1
@@ -414,8 +416,8 @@ class Teachers:
         noise (B, K + 1, C, H, W); task (B,). They have no log_prob: the student did not take them.
         """
         x = torch.empty_like(noise)
-        for column, policy in enumerate(self.fields.values()):
-            i = (task == column).nonzero()[:, 0]
+        for n, policy in enumerate(self.policies.values()):
+            i = (task == n).nonzero()[:, 0]
             if len(i) == 0:
                 continue
             if self.cfg.states == "teacher":
@@ -428,98 +430,7 @@ class Teachers:
         return Trajectory(x, x.new_full(x[:, 1:, 0, 0, 0].shape, math.nan), None)
 
 
-# ------------------------------------------------------------------ checks
-
-
-def check(cfg, world, world_size):
-    """ValueError for all that can be known to be wrong before any time is spent.
-
-    It also fills in the defaults that depend on others: lr, supervised, lora_r and lora_alpha.
-    """
-    if cfg.lr is None:
-        cfg.lr = LR.get((world.name, cfg.full), LR["tiny", cfg.full])
-    if cfg.objective not in OBJECTIVES:
-        raise ValueError(f"--objective {cfg.objective}: expected one of {', '.join(OBJECTIVES)}")
-    cli.lora_defaults(cfg, world.lora, new=cfg.init in ("none", "truncate") and not cfg.full)
-    cli.positive(cfg, "iters", "batch", "group", "steps", "a", "lr", "updates", "micro",
-                 "save_every", "clip", "extrapolate", "lora_r", "lora_alpha", "ema_every")
-    cli.check_training(cfg)
-    if cfg.blend >= 1:
-        raise ValueError(f"--blend {cfg.blend}: the part of the other teachers in the target; "
-                         "expected 0 <= blend < 1")
-    if not cfg.supervised:
-        cfg.supervised = [0, cfg.steps] if cfg.rollout == "ode" else list(cfg.noisy)
-    cli.check_rollout(cfg, world_size)
-    check_window(cfg)
-    check_watch(cfg, world, world.tasks)
-    ordered = (len(cfg.supervised) == 2
-               and 0 <= cfg.supervised[0] < cfg.supervised[1] <= cfg.steps)
-    if not ordered:
-        raise ValueError(f"--supervised {cfg.supervised}: expected FROM TO with "
-                         f"0 <= FROM < TO <= --steps {cfg.steps}")
-    check_combination(cfg)
-    check_prompts(cfg, world)
-
-
-def check_prompts(cfg, world):
-    """ValueError if a task of the command line has no prompts. Nothing is loaded for this check."""
-    if cfg.ratio:
-        named = [item.partition("=")[0] for item in cfg.ratio if not item.endswith("=0")]
-    else:
-        named = [split_label(spec)[0] for spec in cfg.teachers]
-        named = [task for task in named if world.ratio.get(task)]
-    world.check_prompts([task for task in named if task in world.tasks])
-
-
-def check_combination(cfg):
-    """ValueError for options that make no sense together, with the reason."""
-    first, end = cfg.supervised
-    noise = cfg.rollout != "ode" and cfg.noisy[0] <= first and end <= cfg.noisy[1]
-    if cfg.objective in SURROGATES and not noise:
-        raise ValueError(f"--objective {cfg.objective} --rollout {cfg.rollout} --noisy {cfg.noisy} "
-                         f"--supervised {cfg.supervised}: a policy gradient needs a density at "
-                         "every supervised step, so noise")
-    if cfg.objective in SURROGATES and cfg.match == "branches":
-        raise ValueError(f"--objective {cfg.objective} --match branches: the density is of the "
-                         "guided output, not of its branches")
-    if cfg.match != "guided" and cfg.guidance == 1:
-        raise ValueError(f"--match {cfg.match} --guidance 1: without guidance there is one branch, "
-                         "nothing to match or fold")
-    if cfg.objective != "pg" and (cfg.step_reward, cfg.credit) != ("dense", "step"):
-        raise ValueError(f"--step-reward {cfg.step_reward} --credit {cfg.credit}: are for "
-                         "--objective pg")
-    if cfg.credit == "future" and (cfg.one or end - first == 1):
-        raise ValueError(f"--credit future --one {cfg.one} --supervised {cfg.supervised}: there "
-                         "are no later supervised steps to credit")
-    if cfg.window and (cfg.one or cfg.supervised != cfg.noisy):
-        raise ValueError(f"--window {cfg.window} --one {cfg.one} --supervised {cfg.supervised}: a "
-                         "window's steps are all supervised, and no others")
-    if cfg.states != "student" and (cfg.objective in SURROGATES or scored(cfg)
-                                    or cfg.match != "guided"):
-        raise ValueError(f"--states {cfg.states} --objective {cfg.objective} --match {cfg.match} "
-                         f"--drop-equal {cfg.drop_equal}: states of others have no ratio, no "
-                         "reward and no branches of the student")
-    if cfg.reward and not scored(cfg):
-        raise ValueError(f"--reward {' '.join(cfg.reward)}: no image is scored here; it is for "
-                         "--objective mixed and --drop-equal")
-    if scored(cfg) and cfg.group < 2:
-        raise ValueError(f"--group {cfg.group}: rewards are compared within a prompt, so at least "
-                         "2 images are needed")
-    if cfg.drop_equal and cfg.objective == "released":
-        raise ValueError("--drop-equal --objective released: its loss of an image is a mean over "
-                         "the whole micro-batch, so dropped images would still count")
-    defaults = type(cfg)
-    if cfg.objective != "mixed" and cfg.kl_scale != defaults.kl_scale:
-        raise ValueError(f"--kl-scale {cfg.kl_scale} --objective {cfg.objective}: is for "
-                         "--objective mixed")
-    if cfg.objective not in SURROGATES and cfg.clip != defaults.clip:
-        raise ValueError(f"--clip {cfg.clip} --objective {cfg.objective}: there is no ratio to "
-                         f"clip; is for {', '.join(SURROGATES)}")
-    if cfg.merge and cfg.init not in ("merge", "truncate", "factors"):
-        raise ValueError(f"--merge {' '.join(cfg.merge)}: --init {cfg.init} merges no teachers")
-    if cfg.rollout == "cps" and end == cfg.steps:
-        raise ValueError(f"--rollout cps --supervised {cfg.supervised}: its last step has no "
-                         "noise, so no KL")
+# ------------------------------------------------------------------ the run
 
 
 def scored(cfg):
@@ -595,6 +506,7 @@ def main(cfg):
 
     # Teachers and anchor: adapters on one frozen base, or whole transformers beside it. The
     # student: one more adapter, or a whole transformer of its own.
+    # It is made first, since --full copies the base without any adapters.
     net, adapter, r, alpha = make_learner(cfg, model.mmdit, "student", list(loaded.values()),
                                           read_weights(cfg.merge, tasks))
     taught_by = attach(loaded, model.mmdit)
@@ -690,12 +602,12 @@ def main(cfg):
         grad_norm = 0.0
         for param_group in opt.param_groups:
             param_group["lr"] = cfg.lr * (1 - it / cfg.iters)
-        for states in minibatches:
-            n_states = dist.sync_sum(sum(kept[s.images].float().sum() for s in states))
+        for minibatch in minibatches:
+            n_states = dist.sync_sum(sum(kept[s.images].float().sum() for s in minibatch))
             if n_states == 0:
                 continue
-            for s in states:
-                dist.reduce_now(student.net, s is states[-1])     # once per update
+            for s in minibatch:
+                dist.reduce_now(student.net, s is minibatch[-1])  # once per update
                 with autocast:
                     v = student(s.x, s.t, text.rows(s.images))
                     loss = objective(v, s, cfg)                   # (b,), by default KL to target
@@ -729,6 +641,100 @@ def main(cfg):
     out = save(out)
     if rank == 0:
         print(f"wrote {out} (cold start: {out.with_stem('init')})")
+
+
+# ------------------------------------------------------------------ checks
+
+
+def check(cfg, world, world_size):
+    """ValueError for all that can be known to be wrong before any time is spent.
+
+    It also fills in the defaults that depend on others: lr, supervised, lora_r and lora_alpha.
+    """
+    if cfg.lr is None:
+        cfg.lr = LR.get((world.name, cfg.full), LR["tiny", cfg.full])
+    if cfg.objective not in OBJECTIVES:
+        raise ValueError(f"--objective {cfg.objective}: expected one of {', '.join(OBJECTIVES)}")
+    cli.lora_defaults(cfg, world.lora, cfg.full)
+    cli.positive(cfg, "iters", "batch", "group", "steps", "a", "lr", "updates", "micro",
+                 "save_every", "clip", "extrapolate", "lora_r", "lora_alpha", "ema_every")
+    cli.check_training(cfg)
+    if cfg.blend >= 1:
+        raise ValueError(f"--blend {cfg.blend}: the part of the other teachers in the target; "
+                         "expected 0 <= blend < 1")
+    if not cfg.supervised:
+        cfg.supervised = [0, cfg.steps] if cfg.rollout == "ode" else list(cfg.noisy)
+    cli.check_rollout(cfg, world_size)
+    check_window(cfg)
+    check_watch(cfg, world, world.tasks)
+    ordered = (len(cfg.supervised) == 2
+               and 0 <= cfg.supervised[0] < cfg.supervised[1] <= cfg.steps)
+    if not ordered:
+        raise ValueError(f"--supervised {cfg.supervised}: expected FROM TO with "
+                         f"0 <= FROM < TO <= --steps {cfg.steps}")
+    check_combination(cfg)
+    check_prompts(cfg, world)
+
+
+def check_prompts(cfg, world):
+    """ValueError if a task of the command line has no prompts. Nothing is loaded for this check."""
+    if cfg.ratio:
+        named = [item.partition("=")[0] for item in cfg.ratio if not item.endswith("=0")]
+    else:
+        named = [split_label(spec)[0] for spec in cfg.teachers]
+        named = [task for task in named if world.ratio.get(task)]
+    world.check_prompts([task for task in named if task in world.tasks])
+
+
+def check_combination(cfg):
+    """ValueError for options that make no sense together, with the reason."""
+    first, end = cfg.supervised
+    noise = cfg.rollout != "ode" and cfg.noisy[0] <= first and end <= cfg.noisy[1]
+    if cfg.objective in SURROGATES and not noise:
+        raise ValueError(f"--objective {cfg.objective} --rollout {cfg.rollout} --noisy {cfg.noisy} "
+                         f"--supervised {cfg.supervised}: a policy gradient needs a density at "
+                         "every supervised step, so noise")
+    if cfg.objective in SURROGATES and cfg.match == "branches":
+        raise ValueError(f"--objective {cfg.objective} --match branches: the density is of the "
+                         "guided output, not of its branches")
+    if cfg.match != "guided" and cfg.guidance == 1:
+        raise ValueError(f"--match {cfg.match} --guidance 1: without guidance there is one branch, "
+                         "nothing to match or fold")
+    if cfg.objective != "pg" and (cfg.step_reward, cfg.credit) != ("dense", "step"):
+        raise ValueError(f"--step-reward {cfg.step_reward} --credit {cfg.credit}: are for "
+                         "--objective pg")
+    if cfg.credit == "future" and (cfg.one or end - first == 1):
+        raise ValueError(f"--credit future --one {cfg.one} --supervised {cfg.supervised}: there "
+                         "are no later supervised steps to credit")
+    if cfg.window and (cfg.one or cfg.supervised != cfg.noisy):
+        raise ValueError(f"--window {cfg.window} --one {cfg.one} --supervised {cfg.supervised}: a "
+                         "window's steps are all supervised, and no others")
+    if cfg.states != "student" and (cfg.objective in SURROGATES or scored(cfg)
+                                    or cfg.match != "guided"):
+        raise ValueError(f"--states {cfg.states} --objective {cfg.objective} --match {cfg.match} "
+                         f"--drop-equal {cfg.drop_equal}: states of others have no ratio, no "
+                         "reward and no branches of the student")
+    if cfg.reward and not scored(cfg):
+        raise ValueError(f"--reward {' '.join(cfg.reward)}: no image is scored here; it is for "
+                         "--objective mixed and --drop-equal")
+    if scored(cfg) and cfg.group < 2:
+        raise ValueError(f"--group {cfg.group}: rewards are compared within a prompt, so at least "
+                         "2 images are needed")
+    if cfg.drop_equal and cfg.objective == "released":
+        raise ValueError("--drop-equal --objective released: its loss of an image is a mean over "
+                         "the whole micro-batch, so dropped images would still count")
+    defaults = type(cfg)
+    if cfg.objective != "mixed" and cfg.kl_scale != defaults.kl_scale:
+        raise ValueError(f"--kl-scale {cfg.kl_scale} --objective {cfg.objective}: is for "
+                         "--objective mixed")
+    if cfg.objective not in SURROGATES and cfg.clip != defaults.clip:
+        raise ValueError(f"--clip {cfg.clip} --objective {cfg.objective}: there is no ratio to "
+                         f"clip; is for {', '.join(SURROGATES)}")
+    if cfg.merge and cfg.init not in ("merge", "truncate", "factors"):
+        raise ValueError(f"--merge {' '.join(cfg.merge)}: --init {cfg.init} merges no teachers")
+    if cfg.rollout == "cps" and end == cfg.steps:
+        raise ValueError(f"--rollout cps --supervised {cfg.supervised}: its last step has no "
+                         "noise, so no KL")
 
 
 if __name__ == "__main__":

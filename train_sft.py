@@ -3,6 +3,7 @@ A cold start by supervised fine-tuning (SFT): a student learns from pictures of 
 
     python train_sft.py --teachers ckpt/*.pt                              # -> runs/sft/student.pt
     python train_opd.py --teachers ckpt/*.pt --init runs/sft/student.pt   # stage 2 from there
+    python train_sft.py --teachers ckpt/*.pt --init merge --name imitate  # in place of stage 2
 
 The other cold start is the merge. This one is off policy: the student is trained on noised pictures
 of its teachers. Later it meets states of its own that it was never trained on. After a stop, the
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from checkpoints.cold_start import cold_start
 from checkpoints.formats import save_trained
 from checkpoints.teachers import attach, read_teachers
 from plumbing import cli, dist, memory
@@ -68,10 +70,13 @@ class Config:
     guidance: float = 1.0
 
     # --- student
-    # Rank of the LoRA.
-    lora_r: int = 16
-    # Alpha of the LoRA. Its scale is alpha / r.
-    lora_alpha: float = 32.0
+    # Where it starts, as in train_opd.py: none (the base), merge, truncate, factors, or a
+    # checkpoint.
+    init: str = "none"
+    # Rank of the LoRA, for --init none and truncate. The ranks of a merge add up.
+    lora_r: int | None = None
+    # Alpha of the LoRA, for --init none and truncate. Its scale is alpha / r.
+    lora_alpha: float | None = None
 
     # --- optimiser
     # Number of iterations. Each is one optimiser step.
@@ -126,8 +131,7 @@ class Config:
 
 # Defaults that follow from --model.
 PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=40, guidance=4.5, drop=0.1,
-                       samples=20000, iters=1000, lora_r=32, lora_alpha=64.0, lr=1e-4, micro=4,
-                       eval_steps=40)}
+                       samples=20000, iters=1000, lr=1e-4, micro=4, eval_steps=40)}
 # The settings that the teachers' pictures depend on.
 PICTURES = ("teachers", "samples", "best", "steps", "guidance", "seed", "ratio", "prompts",
             "prompts_digest", "size", "t5")
@@ -149,18 +153,6 @@ def draw_times(rng, n, times):
     if times == "schedule":
         logit = logit + math.log(3)
     return logit.sigmoid()
-
-
-def check(cfg, world_size):
-    """ValueError for all that can be known to be wrong before any time is spent."""
-    cli.positive(cfg, "samples", "best", "steps", "iters", "batch", "lora_r", "lora_alpha", "lr",
-                 "micro", "save_every", "ema_every")
-    cli.check_training(cfg)
-    if cfg.batch % world_size or cfg.samples % world_size:
-        raise ValueError(f"--batch {cfg.batch} --samples {cfg.samples}: expected multiples of the "
-                         f"{world_size} rank(s)")
-    if not 0 <= cfg.drop < 1:
-        raise ValueError(f"--drop {cfg.drop}: expected 0 <= drop < 1")
 
 
 def draw_pictures(cfg, model, teachers, prompts, judge, rank, world_size, device):
@@ -210,8 +202,8 @@ def pictures(path, settings, rank, draw):
 
 def main(cfg):
     rank, world_size, device = dist.setup(cfg.device, cfg.seed)
-    check(cfg, world_size)
     world = open_world(cfg.model, cfg.prompts)
+    check(cfg, world, world_size)
     check_watch(cfg, world, world.tasks)
     folder = run_folder(cfg.name)
     out = folder / "student.pt"
@@ -231,7 +223,8 @@ def main(cfg):
     net = model.mmdit
     taught_by = attach(teachers, net)
     torch.manual_seed(cfg.seed)
-    net.add_adapter("student", cfg.lora_r, cfg.lora_alpha, trainable=True)
+    start = cold_start(cfg.init, net, list(teachers.values()), cfg.lora_r, cfg.lora_alpha)
+    net.add_adapter("student", start["r"], start["alpha"], start["tensors"], trainable=True)
     net.checkpointing = cfg.checkpointing
     if cfg.compile:
         dist.compile_blocks(net)
@@ -315,10 +308,26 @@ def main(cfg):
 
     with average.applied():
         out = save_trained(out, net, "student", model, rank,
-                           task="+".join(teachers), anchor=False, r=cfg.lora_r,
-                           alpha=cfg.lora_alpha, settings=settings)
+                           task="+".join(teachers), anchor=False, r=start["r"],
+                           alpha=start["alpha"], settings=settings)
     if rank == 0:
         print(f"wrote {out}")
+
+
+def check(cfg, world, world_size):
+    """ValueError for all that can be known to be wrong before any time is spent.
+
+    It also fills in the defaults that depend on the world: lora_r and lora_alpha.
+    """
+    cli.lora_defaults(cfg, world.lora)
+    cli.positive(cfg, "samples", "best", "steps", "iters", "batch", "lora_r", "lora_alpha", "lr",
+                 "micro", "save_every", "ema_every")
+    cli.check_training(cfg)
+    if cfg.batch % world_size or cfg.samples % world_size:
+        raise ValueError(f"--batch {cfg.batch} --samples {cfg.samples}: expected multiples of the "
+                         f"{world_size} rank(s)")
+    if not 0 <= cfg.drop < 1:
+        raise ValueError(f"--drop {cfg.drop}: expected 0 <= drop < 1")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ Parts:
     teachers     stage 1, for each reward alone
     main         the models that the main table compares
     seesaw       rewards added one by one to GRPO; each task has the GenEval teacher's passes
-    states, mar, cold, objectives, targets      variants of stage 2, with half of its iterations
+    objectives   the losses of stage 2 side by side, with all of its iterations
+    states, mar, cold, targets      variants of stage 2, with a quarter of its iterations
     controls     the same with teachers that are wrong (controls.py), from the same start
     early        stage 2 from teachers that were stopped half-way: can a student surpass them?
     curves       evaluation of the snapshots of teachers and of main
@@ -72,9 +73,13 @@ def fitted(command, budget):
     return f"{command} --iters {round(budget / one)}"
 
 
-def half(options=""):
-    """Stage 2 with half of its iterations, where a slower variant is still behind."""
-    return f"{OPD} --iters {train_opd.Config.iters // 2} {options}".strip()
+# Half of stage 2's iterations already reach the score of all, and hide that a variant is slower.
+SHORT = f"--iters {train_opd.Config.iters // 4}"
+
+
+def short(options=""):
+    """Stage 2 with a quarter of its iterations."""
+    return f"{OPD} {SHORT} {options}".strip()
 
 
 def mix(tasks, budget, options=""):
@@ -88,9 +93,9 @@ def mix(tasks, budget, options=""):
 
 FROM_SFT = "--init runs/rep-sft-s{seed}/student.pt"
 # No anchor: its weight relative to the loss would differ from objective to objective.
-ALONE = "--lam 0"
+ALONE = f"{OPD} --lam 0"
 # Several updates of one rollout would be stopped by the paper's clip of 1e-4.
-PG = "--objective pg --clip 1 --lam 0 --group 4"
+PG = f"{ALONE} --objective pg --clip 1 --group 4 --lr 3e-4"
 # Teachers of a control lie in a folder of their own; the start and the anchor are the true ones.
 CONTROLS = "runs/rep-controls-s{seed}"
 MAKE_CONTROLS = f"-m experiments.controls {{teachers}} --out {CONTROLS}"
@@ -98,6 +103,8 @@ MAKE_CONTROLS = f"-m experiments.controls {{teachers}} --out {CONTROLS}"
 SHARES = "--ratio geneval=3 ocr=1 preference=1"
 # What a mix of more rewards has for GenEval, for a run on GenEval alone.
 OF_A_MIX = "--reward geneval=0.4,geneval_strict=0.4,quality=0.2"
+# As large an adapter as the merge has.
+RANK = "--lora-r 64 --lora-alpha 64"
 # Snapshots with 0.4 to 0.7 of their teachers' gains, by the rewards in training (seed 0).
 EARLY = {"geneval": 75, "ocr": 8, "preference": 15}
 HALF_WAY = " ".join(f"runs/rep-{TEACHER_JOBS[task]}-s{{seed}}/adapter-{it}.pt"
@@ -108,7 +115,7 @@ def control(kind):
     """Stage 2 from the true start, with the wrong, shuffled or noised teachers of its tasks."""
     files = " ".join(f"{CONTROLS}/{kind}-{task}.pt" for task in ROUTED)
     return (f"train_opd.py --teachers {files} {{quality}} --anchor quality "
-            f"--init runs/rep-opd-s{{seed}}/init.pt --iters {train_opd.Config.iters // 2}")
+            f"--init runs/rep-opd-s{{seed}}/init.pt {SHORT}")
 
 
 # Part -> job -> its training command.
@@ -118,12 +125,14 @@ TRAINED = {
         "opd": f"{OPD} --keep 15",
         "opd-velocity": f"{OPD} --objective velocity",
         "sft": SFT,
+        "sft-merge": f"{SFT} --init merge",
         "opd-sft": f"{OPD} {FROM_SFT} --keep 15",
         # With three times the passes of stage 2; and as many pictures, each the best of eight.
         "sft-long": f"{SFT} --samples 4000 --iters 550",
         "sft-best": f"{SFT} --samples 4000 --iters 550 --best 8",
         "mix": mix(ROUTED, WHOLE, SHARES),
         "mix-batch": mix(ROUTED, WHOLE, f"{SHARES} --mix batch --adv-std group"),
+        "mix-rank": mix(ROUTED, WHOLE, f"{SHARES} {RANK}"),
     },
     # Tasks take turns, so every run sees the same number of GenEval's images.
     "seesaw": {
@@ -131,35 +140,38 @@ TRAINED = {
         "seesaw-2": mix(ROUTED[:2], 2 * SEESAW),
         "seesaw-3": mix(ROUTED, 3 * SEESAW),
     },
+    "objectives": {
+        "alone-kl": ALONE,
+        "alone-kl-slow": f"{ALONE} --lr 1.5e-3",
+        "alone-velocity": f"{ALONE} --objective velocity",
+        "alone-dance": f"{ALONE} --objective velocity --rollout ode --one",
+        "alone-released": f"{ALONE} --objective released --clip 1",
+        "alone-sampled": f"{PG} --step-reward sampled",
+        "alone-sampled-future": f"{PG} --step-reward sampled --credit future",
+        "alone-dense": PG,
+    },
     "states": {
-        "half": half(),
-        "half-teacher": half("--states teacher"),
-        "half-pictures": half("--states pictures"),
-        "half-ode": half("--rollout ode --supervised 1 3"),
+        "short": short(),
+        "short-teacher": short("--states teacher"),
+        "short-pictures": short("--states pictures"),
+        "short-ode": short("--rollout ode --supervised 1 3"),
     },
     "mar": {
-        "half-lam0": half("--lam 0"),
-        "half-lam0.1": half("--lam 0.1"),
-        "half-lam0.5": half("--lam 0.5"),
-        "half-base": half("--anchor base"),
+        "short-lam0": short("--lam 0"),
+        "short-lam0.1": short("--lam 0.1"),
+        "short-lam0.5": short("--lam 0.5"),
+        "short-base": short("--anchor base"),
     },
     "cold": {
-        "half-none": half("--init none --lora-r 64 --lora-alpha 64"),
-        "half-sft": half(FROM_SFT),
-        "half-factors": half("--init factors"),
-    },
-    "objectives": {
-        "half-velocity": half(f"--objective velocity {ALONE}"),
-        "half-released": half(f"--objective released --clip 1 {ALONE}"),
-        "half-sampled": half(f"{PG} --step-reward sampled --lr 3e-4"),
-        "half-sampled-future": half(f"{PG} --step-reward sampled --credit future --lr 3e-4"),
-        "half-dense": half(f"{PG} --lr 3e-4"),
+        "short-none": short(f"--init none {RANK}"),
+        "short-sft": short(FROM_SFT),
+        "short-factors": short("--init factors"),
     },
     "targets": {
-        "half-extrapolate": half("--extrapolate 1.25"),
-        "half-blend": half("--blend 0.1"),
+        "short-extrapolate": short("--extrapolate 1.25"),
+        "short-blend": short("--blend 0.1"),
     },
-    "controls": {f"half-{kind}": control(kind) for kind in ("wrong", "shuffled", "noised")},
+    "controls": {f"short-{kind}": control(kind) for kind in ("wrong", "shuffled", "noised")},
     "early": {"opd-early": f"train_opd.py --teachers {HALF_WAY} {{quality}}"},
 }
 # Part -> job -> a checkpoint that is only evaluated.

@@ -39,7 +39,7 @@ class Config:
     # --- which jobs
     # Parts of the plan, see jobs.py (default: all).
     parts: list[str] = field(default_factory=list)
-    # Names of jobs, such as half-lam0-s1 (default: all jobs of the parts).
+    # Names of jobs, such as short-lam0-s1 (default: all jobs of the parts).
     only: list[str] = field(default_factory=list)
     # Seeds of the jobs.
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])

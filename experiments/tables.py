@@ -36,23 +36,25 @@ ROWS = {
     "teacher-quality": "teacher `quality`",
     "mix": "GRPO-Mix, compute of teachers and student",
     "mix-batch": "GRPO-Mix, `--mix batch --adv-std group`",
+    "mix-rank": "GRPO-Mix, rank 64",
     "sft": "SFT on the teachers' pictures",
+    "sft-merge": "SFT from the merge",
     "sft-long": "SFT, thrice the student's passes",
     "sft-best": "SFT on the best of eight",
     "merge": "merge of the teachers",
     "opd-sft": "Flow-OPD from SFT",
     "opd": "Flow-OPD from the merge",
-    "opd-velocity": "Flow-OPD, `--objective velocity`",
+    "opd-velocity": "Flow-OPD with DanceOPD's loss, `velocity`",
 }
 # (model, other): a row of the differences, model minus other.
-DIFFERENCES = [("opd", "mix"), ("opd", "mix-batch"), ("opd", "sft"), ("opd", "sft-long"),
-               ("opd", "sft-best"), ("opd", "merge"), ("opd", "opd-sft"),
-               ("opd-velocity", "opd"), ("opd-velocity", "mix"),
+DIFFERENCES = [("opd", "mix"), ("opd", "mix-batch"), ("opd", "mix-rank"), ("opd", "sft"),
+               ("opd", "sft-merge"), ("opd", "sft-long"), ("opd", "sft-best"), ("opd", "merge"),
+               ("opd", "opd-sft"), ("opd-velocity", "opd"), ("opd-velocity", "mix"),
+               ("sft", "base"), *((name, "base") for name in TEACHER_JOBS.values()),
                ("seesaw-2", "seesaw-1"), ("seesaw-3", "seesaw-1")]
-# Part -> the variant with which its variants are compared. Objectives have no anchor: its weight
-# would differ from one to the next.
-VARIANTS = {"states": "half", "mar": "half-lam0", "cold": "half", "objectives": "half-lam0",
-            "targets": "half", "controls": "half"}
+# Part -> the variant with which its variants are compared.
+VARIANTS = {"objectives": "alone-kl", "states": "short", "mar": "short-lam0", "cold": "short",
+            "targets": "short", "controls": "short"}
 
 
 def grid(header, rows):
@@ -163,7 +165,7 @@ def variant_table(found):
     own = own_passes()
     rows = []
     for part, other in VARIANTS.items():
-        names = [*TRAINED[part], "half"] if part == "mar" else TRAINED[part]
+        names = [*TRAINED[part], "short"] if part == "mar" else TRAINED[part]
         for name in names:
             for row in difference_rows(found, [(name, other)] if name != other else []):
                 rows.append([part, *row, f"{own[name] / 1e3:.0f}"])
@@ -173,8 +175,8 @@ def variant_table(found):
 def unseen_table(found):
     """What no reward sees, and two numbers of eval.py: means and intervals over seeds."""
     rows = []
-    halves = [name for part in VARIANTS for name in TRAINED[part]]
-    for name in [*ROWS, *halves]:
+    variants = [name for part in VARIANTS for name in TRAINED[part]]
+    for name in [*ROWS, *variants]:
         results = list(found.get(name, {}).values())
         if results:
             cells = []
@@ -237,7 +239,7 @@ HEADINGS = {
     "main": "Main table",
     "share": "Part of the teachers' gains",
     "minus": "Differences",
-    "variants": "Variants of stage 2, with half of its iterations",
+    "variants": "Variants of stage 2",
     "unseen": "Beyond the scores (experiments/unseen.py)",
     "cost": "Cost",
 }

@@ -176,18 +176,18 @@ def positive(cfg, *names):
                              "than 0")
 
 
-def lora_defaults(cfg, lora, new):
+def lora_defaults(cfg, lora, full=False):
     """Fill in --lora-r and --lora-alpha, lora by default. ValueError if given for no new adapter.
 
-    lora: (rank, alpha); new: does the run make an adapter of a rank that can be chosen?
+    lora: (rank, alpha); full: does the whole transformer learn, without an adapter?
     """
-    if new:
+    if cfg.init in ("none", "truncate") and not full:
         r, alpha = lora
         cfg.lora_r = r if cfg.lora_r is None else cfg.lora_r
         cfg.lora_alpha = alpha if cfg.lora_alpha is None else cfg.lora_alpha
     elif cfg.lora_r is not None or cfg.lora_alpha is not None:
         raise ValueError(f"--lora-r {cfg.lora_r} --lora-alpha {cfg.lora_alpha}: are for a new "
-                         f"adapter; with --init {cfg.init} --full {cfg.full} there is none whose "
+                         f"adapter; with --init {cfg.init} --full {full} there is none whose "
                          "rank can be chosen")
 
 

@@ -294,7 +294,7 @@ def test_each_state_gets_the_advantage_of_its_own_image_and_step():
             piece = bare_state(s.x[rows], slot + KS.start)
             piece.images = rows
             piece.slot = torch.full_like(rows, slot)
-            for name in ("x", "x_next", "v_old", "v_target"):    # rollouts are in float32
+            for name in ("x", "x_next", "v_old", "logp_old", "v_target"):     # rollouts: float32
                 setattr(piece, name, getattr(s, name)[rows].float())
             pieces.append(piece)
     train_opd.credit_steps(pieces[::-1], range(B), K, cfg)
