@@ -232,8 +232,8 @@ LR = {("tiny", False): 3e-3, ("tiny", True): 1e-4, ("sd3", False): 1e-4, ("sd3",
 #   released                A = -D dt, not stopped, the released code   dt grad D, plus noise
 #   mixed                   D, plus A = the reward's advantage          both, plus noise
 #
-# docs/method.md derives this table, and tests/test_objectives.py shows it on a policy whose
-# expectations are known.
+# docs/method.md derives this table, and tests/test_objectives.py shows all but the last row on a
+# policy whose expectations are known.
 
 
 def velocity_loss(v, s, cfg):
