@@ -88,7 +88,7 @@ class Config:
     # Share of prompts that become the empty prompt in training. Guidance needs a branch for it.
     drop: float = 0.0
     # Learning rate of AdamW. It decays linearly to zero.
-    lr: float = 1e-3
+    lr: float = 3e-3
     # Images per forward pass. Fewer need less memory.
     micro: int = 96
     # Decay of a moving average of what is trained, which is what is saved (0: none).

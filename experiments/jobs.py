@@ -9,8 +9,9 @@ Parts:
     main         the models that the main table compares
     seesaw       rewards added one by one to GRPO; each task has the GenEval teacher's passes
     objectives   the losses of stage 2 side by side, with all of its iterations
-    states, mar, cold, targets      variants of stage 2, with a quarter of its iterations
-    controls     the same with teachers that are wrong (controls.py), from the same start
+    controls     teachers that are wrong (controls.py), from the same start, with half of its
+                 iterations, which reach the score of all
+    states, mar, cold, targets      variants, with a quarter, where a slower one is still behind
     early        stage 2 from teachers that were stopped half-way: can a student surpass them?
     curves       evaluation of the snapshots of teachers and of main
 
@@ -73,7 +74,7 @@ def fitted(command, budget):
     return f"{command} --iters {round(budget / one)}"
 
 
-# Half of stage 2's iterations already reach the score of all, and hide that a variant is slower.
+HALF = f"--iters {train_opd.Config.iters // 2}"
 SHORT = f"--iters {train_opd.Config.iters // 4}"
 
 
@@ -115,7 +116,7 @@ def control(kind):
     """Stage 2 from the true start, with the wrong, shuffled or noised teachers of its tasks."""
     files = " ".join(f"{CONTROLS}/{kind}-{task}.pt" for task in ROUTED)
     return (f"train_opd.py --teachers {files} {{quality}} --anchor quality "
-            f"--init runs/rep-opd-s{{seed}}/init.pt {SHORT}")
+            f"--init runs/rep-opd-s{{seed}}/init.pt {HALF}")
 
 
 # Part -> job -> its training command.
@@ -171,7 +172,10 @@ TRAINED = {
         "short-extrapolate": short("--extrapolate 1.25"),
         "short-blend": short("--blend 0.1"),
     },
-    "controls": {f"short-{kind}": control(kind) for kind in ("wrong", "shuffled", "noised")},
+    "controls": {
+        "half": f"{OPD} {HALF}",
+        **{f"half-{kind}": control(kind) for kind in ("wrong", "shuffled", "noised")},
+    },
     "early": {"opd-early": f"train_opd.py --teachers {HALF_WAY} {{quality}}"},
 }
 # Part -> job -> a checkpoint that is only evaluated.
@@ -221,7 +225,7 @@ def trained(name, part, seed, text, compile):
         command.append("--compile")
     else:
         seconds *= WITHOUT_COMPILE
-    before = fill(MAKE_CONTROLS, seed).split() if part == "controls" else ()
+    before = fill(MAKE_CONTROLS, seed).split() if CONTROLS in text else ()
     return Job(part, seed, {"it": result}, SECONDS_EVAL + seconds, tuple(command), tuple(before))
 
 

@@ -39,8 +39,8 @@ ROWS = {
     "mix-rank": "GRPO-Mix, rank 64",
     "sft": "SFT on the teachers' pictures",
     "sft-merge": "SFT from the merge",
-    "sft-long": "SFT, thrice the student's passes",
-    "sft-best": "SFT on the best of eight",
+    "sft-long": "SFT on 4,000 pictures, 550 iterations",
+    "sft-best": "the same, each picture the best of eight",
     "merge": "merge of the teachers",
     "opd-sft": "Flow-OPD from SFT",
     "opd": "Flow-OPD from the merge",
@@ -54,7 +54,7 @@ DIFFERENCES = [("opd", "mix"), ("opd", "mix-batch"), ("opd", "mix-rank"), ("opd"
                ("seesaw-2", "seesaw-1"), ("seesaw-3", "seesaw-1")]
 # Part -> the variant with which its variants are compared.
 VARIANTS = {"objectives": "alone-kl", "states": "short", "mar": "short-lam0", "cold": "short",
-            "targets": "short", "controls": "short"}
+            "targets": "short", "controls": "half"}
 
 
 def grid(header, rows):
@@ -180,13 +180,14 @@ def unseen_table(found):
         results = list(found.get(name, {}).values())
         if results:
             cells = []
-            for key in ("sharpness", "distance", "colours", "places", "tones", "alone"):
+            for key in ("sharpness", "distance", "colours", "places", "tones"):
                 cells.append(show_mean([result[UNSEEN][key] for result in results]))
+            cells.append(show_mean([result[UNSEEN]["alone"] for result in results], ".0f"))
             cells.append(show_mean([result["diversity"]["geneval"][0] for result in results]))
             quality = [result[ALL_SCORES]["quality on geneval"][0] for result in results]
             rows.append([title(name), *cells, show_mean(quality)])
     return grid(["model", "sharpness", "distance to clean pictures", "colours, bits",
-                 "places, bits", "spread of tones", "of so many of 300",
+                 "places, bits", "spread of tones", "of so many pictures (300 drawn)",
                  "diversity of GenEval's pictures", "their quality reward"], rows)
 
 
