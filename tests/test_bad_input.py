@@ -293,6 +293,9 @@ BAD = {
         ("--times x", "argument --times: invalid choice: 'x' (choose ..."),
         ("--batch 0", "--batch 0: expected a finite number greater than 0"),
         ("--lora-r 0", "--lora-r 0: expected a finite number greater than 0"),
+        ("--init merge --lora-r 4",
+         "--lora-r 4 --lora-alpha None: are for a new adapter; with --init merge --full "
+         "False there is none whose rank can be chosen"),
         ("--ratio geneval=-1 ocr=1 preference=1 quality=0",
          "--ratio geneval=-1: expected TASK=N with one of the tasks (geneval, ocr, "
          "preference, quality), each at most once, and a whole number of 0 or more"),

@@ -429,6 +429,13 @@ def test_sft_brings_the_student_to_its_teachers_pictures(here, teachers, monkeyp
     assert distance(whole, tensors("runs/opd/init.pt")) == 0
 
 
+def test_sft_from_the_merge_starts_where_stage_2_does(here, teachers):
+    train_sft.main(train_sft.Config(model=BASE, teachers=teachers, samples=4, steps=2, iters=1,
+                                    batch=4, init="merge", lr=1e-12, device="cpu"))
+    opd(iters=1, teachers=teachers)
+    assert distance(tensors("runs/sft/student.pt"), tensors("runs/opd/init.pt")) < 1e-6
+
+
 def test_sft_leaves_out_a_task_without_a_share(here, teachers):
     """Its teacher draws nothing; nor does it on a rank that has none of its prompts."""
     options = dict(model=BASE, teachers=teachers, samples=6, steps=2, iters=1, batch=4, lora_r=2,
