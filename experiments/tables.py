@@ -40,7 +40,7 @@ ROWS = {
     "sft": "SFT on the teachers' pictures",
     "sft-merge": "SFT from the merge",
     "sft-long": "SFT on 4,000 pictures, 550 iterations",
-    "sft-best": "the same, each picture the best of eight",
+    "sft-best": "SFT on 4,000 pictures, each the best of eight",
     "merge": "merge of the teachers",
     "opd-sft": "Flow-OPD from SFT",
     "opd": "Flow-OPD from the merge",
