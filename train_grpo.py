@@ -230,7 +230,7 @@ def main(cfg):
         scorers.offload()
 
     # The policy is an adapter on the frozen base or a whole transformer; the base is the reference.
-    net, adapter, r, alpha = make_learner(cfg, model.mmdit, "policy")
+    net, adapter, r, alpha = make_learner(cfg, model.mmdit, "policy", cfg.full)
     policy = Policy(dist.distribute(net, cfg.full, cfg.amp), adapter, cfg.guidance)
     reference = Policy(model.mmdit, None, cfg.guidance)
     sampler = Sampler(schedule(cfg.steps).to(device), cfg.rollout, cfg.a, noisy_steps(cfg, 0))

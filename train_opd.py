@@ -507,8 +507,8 @@ def main(cfg):
     # Teachers and anchor: adapters on one frozen base, or whole transformers beside it. The
     # student: one more adapter, or a whole transformer of its own.
     # It is made first, since --full copies the base without any adapters.
-    net, adapter, r, alpha = make_learner(cfg, model.mmdit, "student", list(loaded.values()),
-                                          read_weights(cfg.merge, tasks))
+    net, adapter, r, alpha = make_learner(cfg, model.mmdit, "student", cfg.full,
+                                          list(loaded.values()), read_weights(cfg.merge, tasks))
     taught_by = attach(loaded, model.mmdit)
     student = Policy(dist.distribute(net, cfg.full, cfg.amp), adapter,
                      guidance=1.0 if cfg.match == "fold" else cfg.guidance,

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoints.cold_start import cold_start
+from checkpoints.cold_start import make_learner
 from checkpoints.formats import save_trained
 from checkpoints.teachers import attach, read_teachers
 from plumbing import cli, dist, memory
@@ -220,14 +220,9 @@ def main(cfg):
         asked = [task for task, n in mix.items() if n]
         rewards = choose_rewards(asked, [], world, share=0)
         check_rewards(rewards, model, world, device=device)
-    net = model.mmdit
-    taught_by = attach(teachers, net)
-    torch.manual_seed(cfg.seed)
-    start = cold_start(cfg.init, net, list(teachers.values()), cfg.lora_r, cfg.lora_alpha)
-    net.add_adapter("student", start["r"], start["alpha"], start["tensors"], trainable=True)
-    net.checkpointing = cfg.checkpointing
-    if cfg.compile:
-        dist.compile_blocks(net)
+    taught_by = attach(teachers, model.mmdit)
+    net, adapter, r, alpha = make_learner(cfg, model.mmdit, "student", full=False,
+                                          teachers=list(teachers.values()))
     student = dist.distribute(net, full=False)
     params = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)
@@ -287,7 +282,7 @@ def main(cfg):
             x_0 = latents[picked[part]].to(device)
             text = encode(model.text, [asked[i] for i in part])
             with autocast:
-                loss = flow_loss(student, x_0, t[part].to(device), eps, text, "student")
+                loss = flow_loss(student, x_0, t[part].to(device), eps, text, adapter)
             scaler.scale(loss.sum() / len(mine)).backward()       # ranks are averaged
             losses.append(loss.detach())
         grad_norm = dist.optimise(opt, scaler, it)                # clip, step, zero_grad
@@ -295,7 +290,7 @@ def main(cfg):
 
         # 4. Log and save.
         loss = dist.sync_mean(torch.cat(losses).mean()).item()
-        policy = Policy(student, "student", cfg.guidance)
+        policy = Policy(student, adapter, cfg.guidance)
         log({"iter": it + 1, "loss": loss, "grad_norm": grad_norm, **clock.row(cfg.batch),
              **watch(policy, average, it + 1)}, watch.pictures)
         health({"iter": it + 1, "loss": loss})
@@ -307,9 +302,8 @@ def main(cfg):
             stop.leave(it + 1, folder / "state.pt", rank)
 
     with average.applied():
-        out = save_trained(out, net, "student", model, rank,
-                           task="+".join(teachers), anchor=False, r=start["r"],
-                           alpha=start["alpha"], settings=settings)
+        out = save_trained(out, net, adapter, model, rank, task="+".join(teachers),
+                           anchor=False, r=r, alpha=alpha, settings=settings)
     if rank == 0:
         print(f"wrote {out}")
 

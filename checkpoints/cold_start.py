@@ -186,16 +186,16 @@ def cold_start_whole(init, net, base, teachers, weights=None):
 # ------------------------------------------------------------------ what learns
 
 
-def make_learner(cfg, base, name, teachers=(), weights=None):
+def make_learner(cfg, base, name, full, teachers=(), weights=None):
     """The net that learns, the name of its adapter (None: the whole net learns), its r and alpha.
 
-    cfg: the options of a training script. name: for the adapter. teachers: their checkpoints, for
-    a cold start that is made of them; weights: as in sources.
+    cfg: the options of a training script. name: for the adapter. full: the whole net learns.
+    teachers: their checkpoints, for a cold start that is made of them; weights: as in sources.
     """
-    net = copy.deepcopy(base).float().requires_grad_(True) if cfg.full else base
+    net = copy.deepcopy(base).float().requires_grad_(True) if full else base
     torch.manual_seed(cfg.seed)
     adapter, r, alpha = None, None, None
-    if cfg.full:
+    if full:
         cold_start_whole(cfg.init, net, base, teachers, weights)
     else:
         adapter = name

@@ -401,7 +401,7 @@ BAD = {
     ],
     "experiments.reproduce": [
         ("--parts fly",
-         "--parts fly: expected some of teachers, main, seesaw, states, mar, cold, objectives, "
+         "--parts fly: expected some of teachers, main, seesaw, objectives, states, mar, cold, "
          "targets, controls, early, curves"),
         ("--only fly", "--only fly: expected some of ..."),
         ("--ranks 3", "--ranks 3: expected 1 or 2, which divide the batches of the tiny world"),
