@@ -18,7 +18,7 @@ DEPS = $(PYTHON) -c "import sys, tomllib; p = tomllib.load(open('pyproject.toml'
 
 demo: .venv/done                  # stage 2 from the shipped teachers, then the table and the picture
 	rm -rf runs/demo
-	$(RUN) train_opd.py --teachers ckpt/*.pt --iters 100 --name demo
+	$(RUN) train_opd.py --teachers ckpt/*.pt --iters 90 --name demo
 	$(RUN) eval.py --ckpts $(MODELS) --per-task 180 --steps 10 --rows 4 --out runs/demo/eval
 
 test: .venv/done

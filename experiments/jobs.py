@@ -96,7 +96,8 @@ FROM_SFT = "--init runs/rep-sft-s{seed}/student.pt"
 # No anchor: its weight relative to the loss would differ from objective to objective.
 ALONE = f"{OPD} --lam 0"
 # Several updates of one rollout would be stopped by the paper's clip of 1e-4.
-PG = f"{ALONE} --objective pg --clip 1 --group 4 --lr 3e-4"
+PG = f"{ALONE} --objective pg --clip 1 --group 4"
+SLOW = "--lr 3e-4"
 # Teachers of a control lie in a folder of their own; the start and the anchor are the true ones.
 CONTROLS = "runs/rep-controls-s{seed}"
 MAKE_CONTROLS = f"-m experiments.controls {{teachers}} --out {CONTROLS}"
@@ -147,9 +148,11 @@ TRAINED = {
         "alone-velocity": f"{ALONE} --objective velocity",
         "alone-dance": f"{ALONE} --objective velocity --rollout ode --one",
         "alone-released": f"{ALONE} --objective released --clip 1",
-        "alone-sampled": f"{PG} --step-reward sampled",
-        "alone-sampled-future": f"{PG} --step-reward sampled --credit future",
-        "alone-dense": PG,
+        "alone-sampled": f"{PG} {SLOW} --step-reward sampled",
+        "alone-sampled-fast": f"{PG} --lr 1e-3 --step-reward sampled",
+        "alone-sampled-faster": f"{PG} --lr 3e-3 --step-reward sampled",
+        "alone-sampled-future": f"{PG} {SLOW} --step-reward sampled --credit future",
+        "alone-dense": f"{PG} {SLOW}",
     },
     "states": {
         "short": short(),
@@ -184,7 +187,7 @@ READY = {
 }
 # Run -> the iterations whose snapshots the part curves evaluates.
 SNAPSHOTS_AT = {
-    "teacher-geneval": (25, 75, 125, 175, 225),
+    "teacher-geneval": (75, 150, 200, 225),
     "teacher-ocr": (8, 16, 32, 48, 64),
     "teacher-preference": (5, 15, 25, 35, 45),
     "teacher-quality": (3, 6, 12, 18, 24),
