@@ -38,7 +38,7 @@ teachers: .venv/done              # stage 1, from the shipped base (27 minutes o
 doctor: .venv/done               # check the shipped model, teachers and rewards, one line a check
 	$(BIN)/python -m experiments.doctor --teachers ckpt/*.pt
 
-reproduce: .venv/done             # the paper's findings with several seeds (thirteen hours on two cores)
+reproduce: .venv/done             # the paper's findings with several seeds (nineteen hours on two cores)
 	$(BIN)/python -m experiments.reproduce --ranks $(RANKS) $(ARGS)
 
 speedrun: .venv/done              # the fewest passes to 95% of the teachers' gains (docs/speedrun.md)

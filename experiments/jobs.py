@@ -30,11 +30,14 @@ TEACHER_JOBS = {task: f"teacher-{task}" for task in TASKS}
 # The shipped teachers, of seed 0.
 TEACHERS = {task: f"ckpt/{task}.pt" for task in TASKS}
 
-# Estimated seconds on two CPU cores of a million forward passes, with --compile, and of an
-# evaluation of four tasks on both splits.
+# Estimated seconds on two CPU cores: of a million forward passes with --compile, of the start of a
+# training run, and of an evaluation of four tasks on both splits.
 SECONDS_MILLION = 700
+SECONDS_START = 75
 SECONDS_EVAL = 90
 WITHOUT_COMPILE = 1.5                                   # training then takes so many times as long
+# Compiling takes a minute. So a run that trains for fewer seconds than these is not compiled.
+COMPILE_FROM = 300
 
 
 def teacher_file(task, seed):
@@ -224,10 +227,11 @@ def trained(name, part, seed, text, compile):
             result = teacher_file(name.removeprefix("teacher-"), seed)
         command += ["--out", result]
     seconds = SECONDS_MILLION * passes(command) / 1e6
-    if compile:
+    if compile and seconds > COMPILE_FROM:
         command.append("--compile")
     else:
         seconds *= WITHOUT_COMPILE
+    seconds += SECONDS_START
     before = fill(MAKE_CONTROLS, seed).split() if CONTROLS in text else ()
     return Job(part, seed, {"it": result}, SECONDS_EVAL + seconds, tuple(command), tuple(before))
 

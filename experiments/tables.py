@@ -51,7 +51,7 @@ DIFFERENCES = [("opd", "mix"), ("opd", "mix-batch"), ("opd", "mix-rank"), ("opd"
                ("opd", "sft-merge"), ("opd", "sft-long"), ("opd", "sft-best"), ("opd", "merge"),
                ("opd", "opd-sft"), ("opd-velocity", "opd"), ("opd-velocity", "mix"),
                ("opd-velocity", "sft-merge"), ("sft-merge", "merge"),
-               ("sft", "base"), *((name, "base") for name in TEACHER_JOBS.values()),
+               ("alone-dense", "merge"), ("sft", "base"), *((name, "base") for name in TEACHER_JOBS.values()),
                ("seesaw-2", "seesaw-1"), ("seesaw-3", "seesaw-1")]
 # Part -> the variant with which its variants are compared.
 VARIANTS = {"objectives": "alone-kl", "states": "short", "mar": "short-lam0", "cold": "short",
@@ -173,11 +173,10 @@ def variant_table(found):
     return grid(["part", "difference", "seeds", *COLUMN_NAMES, "passes, thousand"], rows)
 
 
-def unseen_table(found):
+def unseen_table(found, names):
     """What no reward sees, and two numbers of eval.py: means and intervals over seeds."""
     rows = []
-    variants = [name for part in VARIANTS for name in TRAINED[part]]
-    for name in [*ROWS, *variants]:
+    for name in names:
         results = list(found.get(name, {}).values())
         if results:
             cells = []
@@ -243,6 +242,7 @@ HEADINGS = {
     "minus": "Differences",
     "variants": "Variants of stage 2",
     "unseen": "Beyond the scores (experiments/unseen.py)",
+    "unseen-variants": "Beyond the scores: variants of stage 2",
     "cost": "Cost",
 }
 INTRODUCTION = """\
@@ -257,11 +257,13 @@ Made by `python -m experiments.reproduce --tables`.
 def make_tables(out):
     """{name: Markdown table}, made from the results in the folder out."""
     found = collect(out)
+    variants = [name for part in VARIANTS for name in TRAINED[part]]
     made = {"main": main_table(found),
             "share": share_table(found),
             "minus": difference_table(found),
             "variants": variant_table(found),
-            "unseen": unseen_table(found),
+            "unseen": unseen_table(found, ROWS),
+            "unseen-variants": unseen_table(found, variants),
             "cost": cost_table(found)}
     return {name: table if table.count("\n") > 1 else "No results yet."
             for name, table in made.items()}
