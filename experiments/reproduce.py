@@ -47,8 +47,8 @@ class Config:
     # --- how they run
     # Number of processes of each run: 1 or 2.
     ranks: int = 2
-    # Use torch.compile in training that takes over five minutes: 1.5 times as fast on two CPU cores.
-    # It needs a C++ compiler.
+    # Use torch.compile in runs that train for over five minutes: 1.5 times as fast on two CPU
+    # cores. It needs a C++ compiler.
     compile: bool = False
     # Start no new job after this many minutes (0: no limit).
     stop_after: int = 0
