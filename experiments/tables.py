@@ -51,7 +51,8 @@ DIFFERENCES = [("opd", "mix"), ("opd", "mix-batch"), ("opd", "mix-rank"), ("opd"
                ("opd", "sft-merge"), ("opd", "sft-long"), ("opd", "sft-best"), ("opd", "merge"),
                ("opd", "opd-sft"), ("opd-velocity", "opd"), ("opd-velocity", "mix"),
                ("opd-velocity", "sft-merge"), ("sft-merge", "merge"),
-               ("alone-dense", "merge"), ("sft", "base"), *((name, "base") for name in TEACHER_JOBS.values()),
+               ("alone-dense", "merge"), ("sft", "base"),
+               *((name, "base") for name in TEACHER_JOBS.values()),
                ("seesaw-2", "seesaw-1"), ("seesaw-3", "seesaw-1")]
 # Part -> the variant with which its variants are compared.
 VARIANTS = {"objectives": "alone-kl", "states": "short", "mar": "short-lam0", "cold": "short",

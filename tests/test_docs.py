@@ -163,8 +163,11 @@ def test_tables_are_the_generated_ones():
     from experiments.tables import make_tables
     made = make_tables(str(ROOT / "results" / "reproduce"))
     page = TEXT["docs/results.md"]
+    whole = (ROOT / "results" / "reproduce.md").read_text()
     for name, table in made.items():
-        assert f"<!-- reproduce: {name} -->\n{table}\n<!-- end -->" in page, name
+        assert table in whole, name
+        if name != "unseen-variants":                       # too long for the page
+            assert f"<!-- reproduce: {name} -->\n{table}\n<!-- end -->" in page, name
 
 
 # ------------------------------------------------------------------ the README's examples
