@@ -100,6 +100,7 @@ FROM_SFT = "--init runs/rep-sft-s{seed}/student.pt"
 ALONE = f"{OPD} --lam 0"
 # Several updates of one rollout would be stopped by the paper's clip of 1e-4.
 PG = f"{ALONE} --objective pg --clip 1 --group 4"
+# A tenth of the KL's rate, with which a policy gradient breaks (alone-sampled-faster).
 SLOW = "--lr 3e-4"
 # Teachers of a control lie in a folder of their own; the start and the anchor are the true ones.
 CONTROLS = "runs/rep-controls-s{seed}"

@@ -131,8 +131,8 @@ def run(main, cls, **how):
             from torch import distributed
             if distributed.is_initialized():
                 distributed.destroy_process_group()
-    # Two of some hundred evaluations were aborted here by the system, with all done, while Python
-    # ended rank 1 ("terminate called without an active exception"). Only rank 0 has files open.
+    # In two of about 70 evaluations rank 1 was aborted while Python ended it, with all work done
+    # ("terminate called without an active exception"; the cause is not known). Only rank 0 writes.
     if rank > 0:
         end("", 0)
 
