@@ -123,7 +123,7 @@ class Config:
     # Cold start. merge: the exact average of the teachers; truncate: that, cut to --lora-r;
     # factors: A and B averaged apart, as released; none: the base; or a checkpoint (train_sft.py).
     init: str = "merge"
-    # TASK=W: the weight of each teacher in the merge (default: equal weights).
+    # TASK=W: what each teacher's update is multiplied with in a merge (default: 1 / their number).
     merge: list[str] = field(default_factory=list)
     # Rank of the LoRA, for --init none and truncate. The ranks of a merge add up.
     lora_r: int | None = None

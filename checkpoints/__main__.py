@@ -8,8 +8,10 @@
     python -m checkpoints runs/opd/student.pt --to merged --out student.safetensors
     # our own form, for --teachers
     python -m checkpoints DIR --task ocr --model stable-diffusion-3.5-medium --to pt --out ocr.pt
-    # the exact average of several, in which the first counts twice
-    python -m checkpoints geneval.pt ocr.pt --weights 2 1 --to pt --out both.pt
+    # the exact average of several
+    python -m checkpoints geneval.pt ocr.pt --to pt --out both.pt
+    # the whole update of one, and half of the other's
+    python -m checkpoints geneval.pt ocr.pt --weights 1 0.5 --to pt --out both.pt
 """
 import plumbing.help  # noqa: F401 -- first, as it answers --help before torch is imported
 
@@ -43,7 +45,7 @@ class Config:
     # --- conversion
     # The checkpoint to convert: PATH or TASK=PATH, in any form. Several are merged exactly.
     ckpts: list[str] = field(default_factory=list)
-    # The weight of each in the merge, above 0 (default: equal weights).
+    # What each one's update is multiplied with in the merge (default: 1 / their number).
     weights: list[float] = field(default_factory=list)
     # The form to convert it to.
     to: Literal["pt", "peft", "diffusers", "merged"] = "peft"

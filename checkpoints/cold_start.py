@@ -9,8 +9,8 @@
 | factors  | the averages of A and of B, as released  | -                                 |
 | PATH     | that checkpoint                          | that checkpoint                   |
 
-A merge may weigh its teachers. Weights are positive numbers in the teachers' order, and only their
-ratios count. None: equal weights.
+A merge adds the teachers' updates, each times its weight. None: each weighs 1 / their number, which
+is the average. Weights may add up to more than 1: the student then goes further from the base.
 """
 import copy
 
@@ -24,22 +24,21 @@ from worlds.prompts import read_numbers
 
 
 def merge_adapters(adapters, weights=None):
-    """The exact average of K adapters' updates: mean_k scale_k B_k A_k, by stacking the factors.
+    """The exact sum of K adapters' updates, sum_k weight_k scale_k B_k A_k, by stacking factors.
 
-    adapters: dicts with "tensors", "r" and "alpha", of any ranks. Returns one such dict, whose
-    rank is the sum of theirs, with alpha = r (scale 1).
+    adapters: dicts with "tensors", "r" and "alpha", of any ranks. weights: K numbers, or None for
+    the average. Returns one such dict, whose rank is the sum of theirs, with alpha = r (scale 1).
     DEVIATION: the released Flow-OPD code averages A and B apart, as merge_factors does. But
     mean(B) mean(A) is not mean(B A).
     """
-    weights = weights or [1] * len(adapters)
-    total = sum(weights)
+    weights = weights or [1 / len(adapters)] * len(adapters)
     tensors = {}
     for name in adapters[0]["tensors"]:
         parts = [adapter["tensors"][name] for adapter in adapters]
         if name.endswith(".A"):
             tensors[name] = torch.cat(parts, dim=1)                     # (n, sum r, D)
         else:
-            shares = [adapter["alpha"] / adapter["r"] * weight / total
+            shares = [adapter["alpha"] / adapter["r"] * weight
                       for adapter, weight in zip(adapters, weights)]
             parts = [part * share for part, share in zip(parts, shares)]
             tensors[name] = torch.cat(parts, dim=2)                     # (n, D, sum r)
@@ -68,19 +67,19 @@ def truncate_adapter(adapter, r, alpha):
 
 
 def merge_factors(adapters, weights=None):
-    """As released: the average of the A and that of the B factors. For comparison.
+    """As released: the average (or weighted sum) of the A and that of the B factors.
 
-    It is not the average of the updates.
+    For comparison: it is not that of the updates.
     """
     forms = {(adapter["r"], adapter["alpha"]) for adapter in adapters}
     if len(forms) > 1:
         raise ValueError("--init factors: averages factors of one rank and alpha, "
                          f"got {forms}; use --init merge")
-    weights = weights or [1] * len(adapters)
+    weights = weights or [1 / len(adapters)] * len(adapters)
     tensors = {}
     for name in adapters[0]["tensors"]:
-        parts = [adapter["tensors"][name] * weight for adapter, weight in zip(adapters, weights)]
-        tensors[name] = sum(parts) / sum(weights)
+        tensors[name] = sum(adapter["tensors"][name] * weight
+                            for adapter, weight in zip(adapters, weights))
     return {**adapters[0], "tensors": tensors}
 
 
@@ -89,12 +88,12 @@ def merge_factors(adapters, weights=None):
 
 @torch.no_grad()
 def average_weights(net, base, teachers, weights=None):
-    """net starts as a copy of base. Its parameters become the mean of the teachers' parameters.
+    """net, a copy of base, becomes base + sum_k weight_k (teacher_k - base): by default the mean.
 
-    Those of a teacher are its own (a whole transformer of the base's shape), or W + scale B A (an
-    adapter).
+    The parameters of a teacher are its own (a whole transformer of the base's shape), or
+    W + scale B A (an adapter).
     """
-    weights = weights or [1] * len(teachers)
+    weights = weights or [1 / len(teachers)] * len(teachers)
     theirs = []
     for teacher in teachers:
         if "net" in teacher:
@@ -104,7 +103,7 @@ def average_weights(net, base, teachers, weights=None):
             theirs.append(merged_weights(base, teacher))
     for name, p in net.named_parameters():
         parts = [its.get(name, p).float() * weight for its, weight in zip(theirs, weights)]
-        p.copy_(sum(parts) / sum(weights))
+        p.copy_(p.float() * (1 - sum(weights)) + sum(parts))
 
 
 # ------------------------------------------------------------------ by --init

@@ -1,4 +1,6 @@
 """Facts about checkpoints/cold_start.py: merges that are exact, and those that are not."""
+import copy
+
 import pytest
 import torch
 
@@ -134,39 +136,37 @@ def test_mean_of_factors_is_not_the_mean_of_updates_but_is_for_equal_teachers():
 # ------------------------------------------------------------------ weights
 
 
-def test_weighted_merges_are_the_weighted_means_and_only_ratios_of_weights_count():
+def test_weighted_merges_are_the_weighted_sums_whatever_the_weights_add_up_to():
     a, b, c = random_adapters((3, 3, 3))
-    for weights in ([3, 1, 2], [0.75, 0.25, 0.5]):
-        got = update(merge_adapters([a, b, c], weights))
-        want = (3 * update(a) + update(b) + 2 * update(c)) / 6
-        torch.testing.assert_close(got, want)
-        factors = merge_factors([a, b, c], weights)["tensors"]
-        for name in ("l.A", "l.B"):
-            parts = [part["tensors"][name] for part in (a, b, c)]
-            torch.testing.assert_close(factors[name],
-                                       (3 * parts[0] + parts[1] + 2 * parts[2]) / 6)
+    weights = [0.75, 0.25, 0.5]
+    want = 0.75 * update(a) + 0.25 * update(b) + 0.5 * update(c)
+    torch.testing.assert_close(update(merge_adapters([a, b, c], weights)), want)
+    factors = merge_factors([a, b, c], weights)["tensors"]
+    for name in ("l.A", "l.B"):
+        one, two, three = [part["tensors"][name] for part in (a, b, c)]
+        torch.testing.assert_close(factors[name], 0.75 * one + 0.25 * two + 0.5 * three)
 
 
-def test_no_weights_and_equal_weights_give_the_same_bits_as_before():
-    """As before: a product with scale / K, and a sum that is divided by K."""
+def test_without_weights_a_merge_is_the_average():
     parts = random_adapters((3, 3, 3), alpha=7.0)
-    shares = [part["tensors"]["l.B"] * (7.0 / 3 / 3) for part in parts]
-    for weights in (None, [1.0, 1.0, 1.0]):
-        merged = merge_adapters(parts, weights)["tensors"]
-        assert torch.equal(merged["l.B"], torch.cat(shares, dim=2))
-        for name, tensor in merge_factors(parts, weights)["tensors"].items():
-            assert torch.equal(tensor, sum(part["tensors"][name] for part in parts) / 3)
+    for merge in (merge_adapters, merge_factors):
+        found = merge(parts)["tensors"]
+        for name, tensor in merge(parts, [1 / 3] * 3)["tensors"].items():
+            assert torch.equal(found[name], tensor)
 
 
-def test_weighted_average_of_whole_transformers_is_the_weighted_mean():
+def test_a_weighted_merge_of_whole_transformers_adds_their_distances_from_the_base():
     base, one, two = random_net(), random_net(), random_net()
     with torch.no_grad():
-        for p in two.parameters():
-            p += 1
-    average_weights(base, random_net(), [{"net": one}, {"net": two}], [3.0, 1.0])
-    for name, p in base.named_parameters():
-        mean = one.state_dict()[name] + 0.25
-        torch.testing.assert_close(p, mean, rtol=1e-5, atol=1e-6)
+        for p, q in zip(one.parameters(), two.parameters()):
+            p -= 2
+            q += 1
+    net = copy.deepcopy(base)
+    average_weights(net, base, [{"net": one}, {"net": two}], [1.0, 0.5])
+    for name, p in net.named_parameters():
+        start = base.state_dict()[name]
+        far = one.state_dict()[name] - start + 0.5 * (two.state_dict()[name] - start)
+        torch.testing.assert_close(p, start + far, rtol=1e-5, atol=1e-5)
 
 
 def test_a_teacher_of_weight_0_is_left_out_of_every_cold_start():
@@ -185,7 +185,7 @@ def test_a_teacher_of_weight_0_is_left_out_of_every_cold_start():
         cold_start("merge", base, [a, whole], None, None, [1.0, 1.0])
     with torch.no_grad():
         whole["net"].context_embedder.bias += 1
-    cold_start_whole("merge", base, random_net(), [{"net": random_net()}, whole], [0.0, 0.5])
+    cold_start_whole("merge", base, random_net(), [{"net": random_net()}, whole], [0.0, 1.0])
     assert torch.equal(base.context_embedder.bias, whole["net"].context_embedder.bias.float())
 
 
