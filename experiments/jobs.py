@@ -64,6 +64,9 @@ GRPO = {
     "quality": "train_grpo.py --tasks quality --anchor --lr 1e-3 --iters 30 --keep 3",
 }
 OPD = "train_opd.py --teachers {teachers}"
+# The best of nine merges, by training prompts (results/trials/merges.md). From there, stage 2 has
+# the best of four settings.
+SUM = "--merge geneval=0.75 ocr=0.75 preference=0.75 quality=0.75"
 SFT = "train_sft.py --teachers {teachers}"
 # Forward passes: of stage 2, and of stage 1 and 2 together.
 BUDGET = passes(fill(OPD, 0).split())
@@ -130,6 +133,7 @@ TRAINED = {
     "main": {
         "opd": f"{OPD} --keep 15",
         "opd-velocity": f"{OPD} --objective velocity",
+        "opd-sum": f"{OPD} {SUM} --objective velocity --lr 1e-3",
         "sft": SFT,
         "sft-merge": f"{SFT} --init merge",
         "opd-sft": f"{OPD} {FROM_SFT} --keep 15",
@@ -187,7 +191,8 @@ TRAINED = {
 }
 # Part -> job -> a checkpoint that is only evaluated.
 READY = {
-    "main": {"base": "base", "merge": "runs/rep-opd-s{seed}/init.pt"},
+    "main": {"base": "base", "merge": "runs/rep-opd-s{seed}/init.pt",
+             "merge-sum": "runs/rep-opd-sum-s{seed}/init.pt"},
 }
 # Run -> the iterations whose snapshots the part curves evaluates.
 SNAPSHOTS_AT = {

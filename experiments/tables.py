@@ -41,16 +41,20 @@ ROWS = {
     "sft-merge": "SFT from the merge",
     "sft-long": "SFT on 4,000 pictures, 550 iterations",
     "sft-best": "SFT on 4,000 pictures, each the best of eight",
-    "merge": "merge of the teachers",
+    "merge": "merge: the average of the teachers",
+    "merge-sum": "merge: 0.75 of their sum",
     "opd-sft": "Flow-OPD from SFT",
-    "opd": "Flow-OPD from the merge",
-    "opd-velocity": "Flow-OPD with DanceOPD's loss, `velocity`",
+    "opd": "Flow-OPD from the average",
+    "opd-velocity": "Flow-OPD from the average, `velocity`",
+    "opd-sum": "Flow-OPD from the sum, `velocity`",
 }
 # (model, other): a row of the differences, model minus other.
 DIFFERENCES = [("opd", "mix"), ("opd", "mix-batch"), ("opd", "mix-rank"), ("opd", "sft"),
                ("opd", "sft-merge"), ("opd", "sft-long"), ("opd", "sft-best"), ("opd", "merge"),
                ("opd", "opd-sft"), ("opd-velocity", "opd"), ("opd-velocity", "mix"),
                ("opd-velocity", "sft-merge"), ("sft-merge", "merge"),
+               ("merge-sum", "merge"), ("merge-sum", "opd"), ("merge-sum", "opd-velocity"),
+               ("merge-sum", "mix"), ("opd-sum", "merge-sum"), ("opd-sum", "opd-velocity"),
                ("alone-dense", "merge"), ("sft", "base"),
                *((name, "base") for name in TEACHER_JOBS.values()),
                ("seesaw-2", "seesaw-1"), ("seesaw-3", "seesaw-1")]
@@ -130,7 +134,8 @@ def difference_rows(found, pairs):
 def difference_table(found):
     """Model minus model, and the student minus each teacher on the teacher's own task."""
     rows = difference_rows(found, DIFFERENCES)
-    for name in ("opd", "opd-velocity", "opd-sft", "mix", "mix-batch", "sft-long"):
+    for name in ("merge-sum", "opd", "opd-velocity", "opd-sum", "opd-sft", "mix",
+                , "mix-batch", "sft-long"):
         seeds = shared_seeds(found, name, *TEACHER_JOBS.values())
         if seeds:
             parts = [minus(found, name, TEACHER_JOBS[task], task, seeds) for task in TASKS]

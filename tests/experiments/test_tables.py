@@ -107,7 +107,7 @@ def test_cost_is_counted_to_the_snapshot_from_which_on_all_have_95_percent(found
     points = [(it, Interval(mean, 0)) for it, mean in means.items()]
     assert reached(points, 0.95) == 30
     lines = tables.cost_table(found).splitlines()
-    assert ("| Flow-OPD from the merge | ocr | 0.50 ± 0.00 | not reached | - | - | "
+    assert ("| Flow-OPD from the average | ocr | 0.50 ± 0.00 | not reached | - | - | "
             "not reached | - | - |") in lines
     whole = tables.own_passes()["teacher-ocr"]
     # the gain is whole at 100 by definition, and 0.975 at 50; an iteration takes 2 s
@@ -127,7 +127,7 @@ def test_what_has_no_results_yet_is_left_out_and_does_not_stop_the_rest(found):
     assert "| Flow-OPD" not in tables.share_table(found)
     assert "own task" not in tables.difference_table(found)
     del found["base"]
-    assert "| Flow-OPD from the merge | 3 |" in tables.main_table(found)
+    assert "| Flow-OPD from the average | 3 |" in tables.main_table(found)
     assert "Flow-OPD" not in tables.cost_table(found)
 
 
