@@ -135,7 +135,7 @@ def difference_table(found):
     """Model minus model, and the student minus each teacher on the teacher's own task."""
     rows = difference_rows(found, DIFFERENCES)
     for name in ("merge-sum", "opd", "opd-velocity", "opd-sum", "opd-sft", "mix",
-                , "mix-batch", "sft-long"):
+                 "mix-batch", "sft-long"):
         seeds = shared_seeds(found, name, *TEACHER_JOBS.values())
         if seeds:
             parts = [minus(found, name, TEACHER_JOBS[task], task, seeds) for task in TASKS]
