@@ -176,6 +176,8 @@ TRAINED = {
     },
     "cold": {
         "short-none": short(f"--init none {RANK}"),
+        # The merge has the anchor in it. So here is a start without it, and no anchor either.
+        "short-none-lam0": short(f"--init none {RANK} --lam 0"),
         "short-sft": short(FROM_SFT),
         "short-factors": short("--init factors"),
     },

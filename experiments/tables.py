@@ -61,6 +61,9 @@ DIFFERENCES = [("opd", "mix"), ("opd", "mix-batch"), ("opd", "mix-rank"), ("opd"
 # Part -> the variant with which its variants are compared.
 VARIANTS = {"objectives": "alone-kl", "states": "short", "mar": "short-lam0", "cold": "short",
             "targets": "short", "controls": "half"}
+# Part -> further pairs (model, other). MAR: from the merge, with all iterations, and from the base.
+FURTHER = {"mar": [("short", "short-lam0"), ("opd", "alone-kl"),
+                   ("short-none", "short-none-lam0")]}
 
 
 def grid(header, rows):
@@ -172,9 +175,9 @@ def variant_table(found):
     own = own_passes()
     rows = []
     for part, other in VARIANTS.items():
-        names = [*TRAINED[part], "short"] if part == "mar" else TRAINED[part]
-        for name in names:
-            for row in difference_rows(found, [(name, other)] if name != other else []):
+        pairs = [(name, other) for name in TRAINED[part] if name != other]
+        for name, other in pairs + FURTHER.get(part, []):
+            for row in difference_rows(found, [(name, other)]):
                 rows.append([part, *row, f"{own[name] / 1e3:.0f}"])
     return grid(["part", "difference", "seeds", *COLUMN_NAMES, "passes, thousand"], rows)
 
