@@ -45,7 +45,7 @@ class Config:
     # --- conversion
     # The checkpoint to convert: PATH or TASK=PATH, in any form. Several are merged exactly.
     ckpts: list[str] = field(default_factory=list)
-    # What each one's update is multiplied with in the merge (default: 1 / their number).
+    # What each one's update is multiplied with in the merge, above 0 (default: 1 / their number).
     weights: list[float] = field(default_factory=list)
     # The form to convert it to.
     to: Literal["pt", "peft", "diffusers", "merged"] = "peft"

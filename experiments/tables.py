@@ -38,7 +38,7 @@ ROWS = {
     "mix-batch": "GRPO-Mix, `--mix batch --adv-std group`",
     "mix-rank": "GRPO-Mix, rank 64",
     "sft": "SFT on the teachers' pictures",
-    "sft-merge": "SFT from the merge",
+    "sft-merge": "SFT from the average",
     "sft-long": "SFT on 4,000 pictures, 550 iterations",
     "sft-best": "SFT on 4,000 pictures, each the best of eight",
     "merge": "merge: the average of the teachers",

@@ -149,10 +149,13 @@ def test_weighted_merges_are_the_weighted_sums_whatever_the_weights_add_up_to():
 
 def test_without_weights_a_merge_is_the_average():
     parts = random_adapters((3, 3, 3), alpha=7.0)
-    for merge in (merge_adapters, merge_factors):
-        found = merge(parts)["tensors"]
-        for name, tensor in merge(parts, [1 / 3] * 3)["tensors"].items():
-            assert torch.equal(found[name], tensor)
+    shares = [part["tensors"]["l.B"] * (7.0 / 3 / 3) for part in parts]
+    for weights in (None, [1 / 3] * 3):
+        merged = merge_adapters(parts, weights)["tensors"]
+        torch.testing.assert_close(merged["l.B"], torch.cat(shares, dim=2))
+        for name, tensor in merge_factors(parts, weights)["tensors"].items():
+            mean = sum(part["tensors"][name] for part in parts) / 3
+            torch.testing.assert_close(tensor, mean)
 
 
 def test_a_weighted_merge_of_whole_transformers_adds_their_distances_from_the_base():
