@@ -18,7 +18,7 @@ Everything that GRPO and OPD need of a sampler is here, and they speak in four w
 | sigma_t | the noise rate of the SDE, and nothing else |
 | logp, ratio, adv, kl | as in PPO; logp and kl are nats per latent element (averaged over C*H*W) |
 | w(t) | the weight of a step's KL: kl = w(t) |v_p - v_q|^2, where |.|^2 is a mean over elements |
-| b, S | images of one State (a forward pass); steps that are trained or supervised |
+| b, S | images of one State, or of this rank; steps that are trained or supervised |
 | context, pooled | the prompt, as token vectors and as one vector |
 
 Papers: Flow-GRPO arXiv 2505.05470 (the SDE); CPS arXiv 2509.05952; SD3 arXiv 2403.03206 (schedule);
@@ -209,7 +209,8 @@ class Trajectory(NamedTuple):
     """B trajectories. States are kept in float32, whatever the network computes in."""
     x: Tensor                # (B, K + 1, C, H, W); x[:, k] is before step k, x[:, K] the sample;
                              # nan where the rollout did not go
-    logp: Tensor             # (B, K), nats per element; 0 where a step had no noise
+    logp: Tensor             # (B, K), nats per element; 0 where a step had no noise,
+                             # nan where the rollout did not go
     v: Tensor | None         # (B, K, C, H, W), the velocity that step k took, if asked for
 
 
@@ -291,7 +292,7 @@ class State:
     v_old: Tensor = None     # (b, C, H, W), the velocity that the rollout took, if it was kept
     v_target: Tensor = None  # (b, C, H, W), the teacher's velocity at x
     v_anchor: Tensor = None  # (b, C, H, W), the anchor's
-    adv: Tensor = None       # (b,), advantage of the step, for policy gradients
+    adv: Tensor = None       # (b,), advantage of the step; 0 where none was computed
     # For the log, (b,) each, of its update; nan where it was not computed:
     ratio: Tensor = None     # p_new / p_old, only of the images that the loss counts
     kl: Tensor = None        # to the base (stage 1), or to the target (stage 2)

@@ -1,5 +1,5 @@
 """
-Stage 1: a teacher by Flow-GRPO. One reward makes a teacher. Several make GRPO-Mix, the baseline.
+Stage 1: a teacher by Flow-GRPO. One task makes a teacher. Several make GRPO-Mix, the baseline.
 
     python train_grpo.py --tasks ocr                              # -> runs/grpo-ocr/adapter.pt
     torchrun --nproc_per_node=2 train_grpo.py --tasks geneval     # on CPUs: OMP_NUM_THREADS=1

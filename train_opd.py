@@ -10,9 +10,8 @@ A run that was stopped goes on where it was when the same command is given again
 writes is in runs/NAME/.
 
 One iteration: the student samples trajectories. At every supervised state that it visited, the
-prompt's own teacher says where it would go next. So does the anchor, whatever the
-prompt: one more teacher, or the base. The loss pulls the student's step there. By default no image
-is scored.
+prompt's own teacher says where it would go next. So does the anchor, whatever the prompt: one of
+the teachers, or the base. The loss pulls the student's step there. By default no image is scored.
 
 The default loss is the KL of the two steps, w(t) |v_S - v_T|^2. The paper, its code and its
 followers pull in other ways: see OBJECTIVES in this file.
@@ -85,7 +84,8 @@ class Config:
     ratio: list[str] = field(default_factory=list)
     # How tasks take turns. batch: prompt by prompt; alternate: iteration by iteration, as released.
     mix: Literal["alternate", "batch"] = "batch"
-    # A reward for each teacher's task, for mixed and --drop-equal (default: the world's).
+    # Rewards for mixed and --drop-equal, one for each teacher, in the order of --teachers, or of
+    # --ratio if it is given (default: the world's).
     reward: list[str] = field(default_factory=list)
     # The task whose teacher anchors all prompts (default: the teacher that is marked so), or base.
     anchor: str = ""
@@ -151,7 +151,8 @@ class Config:
     blend: float = 0.0
     # For mixed: weight of the KL to the teacher, beside the policy gradient of the reward.
     kl_scale: float = 1.0
-    # Leave out prompts whose images all have the same reward, as released. Images are then scored.
+    # Leave out prompts whose images all have the same reward (nearly as released:
+    # docs/departures.md). Images are then scored.
     drop_equal: bool = False
     # Weight of the KL to the anchor (MAR, manifold anchor regularization). 0 turns it off.
     lam: float = 0.02
@@ -208,7 +209,8 @@ class Config:
 # size, T5, steps, guidance, 16 groups of 16, two updates, rate, micro, tasks that alternate.
 # DEVIATION: ours are iters (untried), lam (0.02, the text; they have 0.04), no weight decay (1e-4),
 # a rate that decays (theirs is constant), and the merge, so rank 96 (theirs starts from the base,
-# rank 32: --init none).
+# rank 32: --init none). Loss (--objective released), anchor (--anchor base --lam 0.04) and float16
+# differ too: docs/departures.md.
 PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=10, noisy=[0, 9], guidance=4.5,
                        batch=256, group=16, updates=2, micro=4, mix="alternate", ema=0.9,
                        iters=300, save_every=5, eval_steps=40)}
@@ -231,6 +233,9 @@ LR = {("tiny", False): 3e-3, ("tiny", True): 1e-4, ("sd3", False): 1e-4, ("sd3",
 #   pg, dense, future       A = sg(-the sum of D from this step on)     grad KL minus sum of grad D
 #   released                A = -D dt, not stopped, the released code   dt grad D, plus noise
 #   mixed                   D, plus A = the reward's advantage          both, plus noise
+#
+# For pg the gradients are up to a factor 1/N, as ratio and A are both means over the N elements of
+# a latent. Adam does not see this factor, but --lam does (docs/method.md, 5).
 #
 # docs/method.md derives this table, and tests/test_objectives.py shows all but the last row on a
 # policy whose expectations are known.
@@ -329,7 +334,7 @@ def credit_steps(states, mine, S, cfg):
 
 
 def choose(cfg, it, mine):
-    """The supervised steps (B, S), in order: the whole window, or with --one S = 1."""
+    """The supervised steps (b, S) of this rank's images, in order. With --one S is 1."""
     first, end = cfg.supervised
     if cfg.window:
         window = noisy_steps(cfg, it)

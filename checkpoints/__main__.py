@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from checkpoints.cold_start import average_weights, merge_adapters
+from checkpoints.cold_start import merge_adapters, merge_whole
 from checkpoints.formats import (
     check_same,
     merged_weights,
@@ -99,7 +99,7 @@ def merge(ckpts, weights, task, net):
     """Several checkpoints -> one. It is a whole transformer if one of them is."""
     if any("net" in ckpt for ckpt in ckpts):
         whole = copy.deepcopy(net)
-        average_weights(whole, net, ckpts, weights)
+        merge_whole(whole, net, ckpts, weights)
         merged = {"net": whole}
     else:
         merged = merge_adapters(ckpts, weights)

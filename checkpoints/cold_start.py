@@ -87,7 +87,7 @@ def merge_factors(adapters, weights=None):
 
 
 @torch.no_grad()
-def average_weights(net, base, teachers, weights=None):
+def merge_whole(net, base, teachers, weights=None):
     """net, a copy of base, becomes base + sum_k weight_k (teacher_k - base): by default the mean.
 
     The parameters of a teacher are its own (a whole transformer of the base's shape), or
@@ -179,7 +179,7 @@ def cold_start_whole(init, net, base, teachers, weights=None):
                          "transformer starts from merge, none, or a checkpoint")
     start, weights = sources(init, base, teachers, weights)
     if start:
-        average_weights(net, base, start, weights)
+        merge_whole(net, base, start, weights)
 
 
 # ------------------------------------------------------------------ what learns

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from checkpoints.cold_start import (
-    average_weights,
     cold_start,
     cold_start_whole,
     merge_adapters,
     merge_factors,
+    merge_whole,
     read_weights,
     truncate_adapter,
 )
@@ -165,7 +165,7 @@ def test_a_weighted_merge_of_whole_transformers_adds_their_distances_from_the_ba
             p -= 2
             q += 1
     net = copy.deepcopy(base)
-    average_weights(net, base, [{"net": one}, {"net": two}], [1.0, 0.5])
+    merge_whole(net, base, [{"net": one}, {"net": two}], [1.0, 0.5])
     for name, p in net.named_parameters():
         start = base.state_dict()[name]
         far = one.state_dict()[name] - start + 0.5 * (two.state_dict()[name] - start)

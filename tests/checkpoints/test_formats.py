@@ -21,10 +21,10 @@ import checkpoints.__main__ as convert
 import worlds
 from checkpoints import formats
 from checkpoints.cold_start import (
-    average_weights,
     cold_start,
     cold_start_whole,
     merge_adapters,
+    merge_whole,
 )
 from model import PREFIX, MMDiT, load_mmdit
 from plumbing import cli
@@ -226,13 +226,13 @@ def test_adapter_comes_back_from_every_form(net, here):
             assert torch.equal(scale * single["tensors"][name], 2 * tensor)
 
 
-def test_average_weights_is_the_mean_of_adapters_and_whole_transformers(net):
+def test_merge_whole_is_the_mean_of_adapters_and_whole_transformers(net):
     a = random_adapter(net, seed=1)
     b = random_adapter(net, r=2, seed=2)
     whole = mini_sd3.randomise(MMDiT(MEDIUM), 9)
     student = mini_sd3.randomise(MMDiT(MEDIUM), 0)
     base = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    average_weights(student, net, [a, b, {"net": whole}])
+    merge_whole(student, net, [a, b, {"net": whole}])
     for name, weight in student.named_parameters():
         want = (2 * base[name] + whole.state_dict()[name]) / 3
         layer = name.removesuffix(".weight")
@@ -493,7 +493,7 @@ def test_transformer_of_another_size_is_read_and_evaluated_but_nothing_starts_fr
     with pytest.raises(ValueError, match=f"^--init large.safetensors: {sizes}"):
         cold_start_whole("large.safetensors", whole, net, [])
     with pytest.raises(ValueError, match=f"^an average of weights: {sizes}"):
-        average_weights(whole, net, [large])
+        merge_whole(whole, net, [large])
     with pytest.raises(ValueError, match=f"^--to merged: {sizes}"):
         convert.main(convert.Config(ckpts=["large.safetensors"], to="merged",
                                     out="x.safetensors", model=str(folder)))
