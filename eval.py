@@ -7,14 +7,13 @@ Evaluate checkpoints on all tasks, with the same prompts and the same noise for 
 
 It writes OUT.md (tables), OUT.json (all numbers) and OUT.png (rows are prompts, columns are models;
 models named after the tasks share one, "its teacher"). With --prompt it only writes pictures,
-OUT/MODEL/0000.png, ... A checkpoint is a path,
-LABEL=path, or "base". Prompts are the held-out ones of the world, or those of --prompts. Images are
-sampled with the ODE.
+OUT/MODEL/0000.png, ... A checkpoint is a path, LABEL=path, or "base". Prompts are the held-out ones
+of the world, or those of --prompts. Images are sampled with the ODE.
 
 Scores: geneval follows the benchmark: first the mean of each tag, then the mean over tags. ocr is
 1 - edits / length. preference reads the prompt loosely, and quality ignores it. average is the
-paper's: the mean of the tasks' scores, each scaled to at most 1. Standard errors are over images. A
-second table compares the last model with every other one, image by image.
+paper's: the mean of the tasks' scores, each divided by its scale (rewards.py). Standard errors are
+over images. A second table compares the last model with every other one, image by image.
 """
 import plumbing.help  # noqa: F401 -- first, as it answers --help before torch is imported
 
@@ -39,7 +38,7 @@ from plumbing.files import write_text
 from plumbing.folder import check_writable
 from plumbing.picture import draw_grid, to_bytes
 from rewards import REWARDS, check_rewards, parse_reward, score
-from sampler import draw_noise, encode, sample, schedule
+from sampler import draw, schedule
 from watch import tag_rows
 from worlds import open_world, presets
 from worlds.prompts import read_file
@@ -175,9 +174,8 @@ def summarise(scores, metas, world):
 
 
 def scale_of(task, world):
-    """The number that divides the score of a task, so that it is at most 1."""
-    name = world.score.get(task)
-    return REWARDS[name].scale if name in REWARDS else 1
+    """The number that divides the score of a task before the average (Reward.scale)."""
+    return REWARDS[world.score[task]].scale
 
 
 def gaps(scores, metas, world):
@@ -305,11 +303,8 @@ def generate(cfg, asked, model, policies, times, rank, world_size):
     bar = tqdm(total=len(policies) * len(mine), desc="draw", unit="image", disable=rank > 0)
     for label, policy in policies.items():
         for part in mine.split(cfg.batch) if len(mine) else ():
-            text = encode(model.text, [asked[j] for j in part])
             keys = [(cfg.seed, "prompt", int(j)) for j in part]
-            noise = draw_noise(keys, 0, model.latent_shape())[:, 0].to(times.device)
-            with torch.no_grad(), dist.autocast(times.device):
-                latents = sample(policy, noise, text, times)
+            latents = draw(model, policy, [asked[j] for j in part], keys, times)
             for j, image in zip(part, model.images(latents)):     # the VAE computes in float32
                 path = Path(cfg.out) / label / names[j]
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -362,6 +357,7 @@ def check(cfg, world, tasks, world_size):
             raise ValueError(f"--tasks {task}: has no score of its own; expected some of "
                              f"{', '.join(world.score)}, or --score {task}=REWARD")
     world.check_prompts(tasks, cfg.split)
+    specs_of(cfg, tasks, world)                 # so that an unknown reward of --also is seen now
     if not len(tasks) <= cfg.rows <= cfg.per_task:
         raise ValueError(f"--rows {cfg.rows}: expected at least one a task ({len(tasks)}), "
                          f"at most --per-task {cfg.per_task}")
@@ -400,12 +396,9 @@ class Evaluation:
 
     def draw(self, policy, task, part):
         """The images (b, 3, H, W) of a task's prompts. part (b,): the indices of the prompts."""
-        text = encode(self.model.text, [self.metas[task][j]["prompt"] for j in part])
+        prompts = [self.metas[task][j]["prompt"] for j in part]
         keys = [(self.cfg.seed, "eval", task, int(j)) for j in part]
-        noise = draw_noise(keys, 0, self.model.latent_shape())[:, 0].to(self.times.device)
-        with torch.no_grad(), dist.autocast(self.times.device):
-            latents = sample(policy, noise, text, self.times)
-        return self.model.images(latents)
+        return self.model.images(draw(self.model, policy, prompts, keys, self.times))
 
     def task(self, policy, task):
         """Draw and score the images of one model on one task.

@@ -198,7 +198,10 @@ class Stream(nn.Module):
         return self.attn.heads(modulate(self.norm(x), mod[0], mod[1]), adapter), mod
 
     def after(self, x, attn, mod, adapter):
-        """The residual stream after attention and MLP. x, attn (B, T, D)."""
+        """The residual stream after attention and MLP; None in the last context block.
+
+        x, attn (B, T, D).
+        """
         if self.last:
             return None
         y = gated(x, mod[2], self.attn.proj(attn, adapter)[0])
@@ -217,7 +220,10 @@ class JointBlock(nn.Module):
         self.x_block = Stream(cfg, dual=i < cfg.dual)
 
     def forward(self, x, context, c, adapter=None):
-        """x (B, N, D), context (B, L, D), c (B, D) -> x and context after the block."""
+        """x (B, N, D), context (B, L, D), c (B, D) -> x and context after the block.
+
+        The context is None after the last one.
+        """
         qkv_context, mod_context = self.context_block.before(context, c, adapter)
         qkv_x, mod_x = self.x_block.before(x, c, adapter)
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(qkv_context, qkv_x))
@@ -236,6 +242,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, 2 * cfg.width))
 
     def forward(self, x, c):
+        """x (B, N, D), c (B, D) -> (B, N, patch * patch * C), as unpatchify takes it."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
@@ -306,7 +313,7 @@ class MMDiT(nn.Module):
         self.checkpointing = False
 
     def init_weights(self):
-        """The reference initialisation.
+        """DiT's initialisation, adaLN-Zero (arXiv 2212.09748).
 
         Linear layers start as Xavier, with zero biases. Modulations and output start at zero, so
         each block is the identity.
@@ -451,7 +458,7 @@ def load_part(path, part, build, marker, device="cpu", dtype=torch.float32):
     build: {name: shape} -> the module; marker: as in part_shapes; dtype: None for the file's own.
     The module is built without memory. Tensors are then read one by one, so memory holds about one
     copy. On the CPU with dtype None, tensors stay mapped to the file, and no copy is made.
-    The module gets a fingerprint of all numbers in the file, which takes 1 s per GB.
+    The module gets a fingerprint of its own numbers in the file, which takes 1 s per GB.
     Raises ValueError that names the first tensor that does not fit or is not finite.
     """
     shapes, prefix = part_shapes(path, part, marker)

@@ -5,7 +5,8 @@ Rewards: one number for an image. GenEval's and OCR's rules are here, the networ
     total = score(spec, images, metas, world)["total"]       # (N,): what a policy is trained on
 
 images are (N, 3, H, W) in [0, 1]. metas are the prompts with what they ask for, one dict an image
-(worlds/prompts.py). GenEval, OCR and quality ask the world (worlds/world.py) what it sees in them.
+(worlds/prompts.py). The tiny world's rewards, GenEval and OCR ask the world what it sees in them
+(worlds/world.py).
 `python -m scorers NAME IMAGES PROMPTS` scores a folder of images.
 
 Sources: GenEval (arXiv 2310.11513, djghosh13/geneval evaluation/evaluate_images.py); Flow-GRPO
@@ -347,7 +348,7 @@ def check_rewards(rewards, model, world, split="train", device="cpu"):
             for i in range(0, len(metas), 4):
                 score(spec, images, metas[i:i + 4], world)
         except ValueError as error:
-            raise ValueError(f"--reward {'+'.join(spec)} does not fit task '{task}': "
+            raise ValueError(f"reward {'+'.join(spec)} does not fit task '{task}': "
                              f"{error}") from None
 
 
@@ -392,9 +393,9 @@ class Judge:
         return [row["total"] for row in self.rows]
 
     def reported(self):
-        """For the log: what totals() gave, but a reward that is no sum is not scaled.
+        """For the log, one number for each image of totals().
 
-        Each number is the score as reported, or, where there are weights, the total.
+        It is the total, but of a reward that is no sum it is the score as reported, not scaled.
         """
         numbers = []
         for row in self.rows:

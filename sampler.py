@@ -276,6 +276,17 @@ def sample(policy, noise, text, times):
     return x
 
 
+def draw(model, policy, prompts, keys, times, amp="bfloat16"):
+    """Latents (b, C, H, W) of b prompts by the ODE, from the noise of b keys (see draw_noise).
+
+    model: the world's Model; times: of schedule; amp: as in dist.autocast.
+    """
+    text = encode(model.text, prompts)
+    noise = draw_noise(keys, 0, model.latent_shape())[:, 0].to(times.device)
+    with dist.autocast(times.device, amp):
+        return sample(policy, noise, text, times)
+
+
 # ------------------------------------------------------------------ states: what a loss is made of
 
 

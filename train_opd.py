@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from checkpoints.cold_start import make_learner, read_weights
 from checkpoints.formats import save_trained, split_label
-from checkpoints.teachers import attach, find_anchor, read_teachers
+from checkpoints.teachers import attach, find_anchor, policy_on, read_teachers
 from plumbing import cli, dist, memory
 from plumbing.average import Average
 from plumbing.folder import check_places, check_room, prepare, run_folder
@@ -376,10 +376,7 @@ class Teachers:
         self.both = cfg.match == "branches"
         self.policies = {}                          # the teachers in their order, then the base
         for task, teacher in teachers.items():
-            if "net" in teacher:                    # a whole transformer
-                self.policies[task] = Policy(teacher["net"], None, cfg.guidance, self.both)
-            else:
-                self.policies[task] = Policy(base, task, cfg.guidance, self.both)
+            self.policies[task] = policy_on(base, teacher, task, cfg.guidance, self.both)
         self.policies["base"] = Policy(base, None, cfg.guidance, self.both)
         self.anchor = list(self.policies).index(anchor) if anchor else None
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from checkpoints.cold_start import make_learner
 from checkpoints.formats import save_trained
-from checkpoints.teachers import attach, read_teachers
+from checkpoints.teachers import attach, policy_on, read_teachers
 from plumbing import cli, dist, memory
 from plumbing.average import Average
 from plumbing.files import read_pt, write_pt
@@ -66,7 +66,7 @@ class Config:
     best: int = 1
     # ODE steps per picture.
     steps: int = 20
-    # Guidance scale of the teachers when they draw.
+    # Guidance scale of the teachers when they draw, and of the student in --eval-every.
     guidance: float = 1.0
 
     # --- student
@@ -133,8 +133,8 @@ class Config:
 PRESETS = {"sd3": dict(size=512, t5="128", dtype="bfloat16", steps=40, guidance=4.5, drop=0.1,
                        samples=20000, iters=1000, lr=1e-4, micro=4, eval_steps=40)}
 # The settings that the teachers' pictures depend on.
-PICTURES = ("teachers", "samples", "best", "steps", "guidance", "seed", "ratio", "prompts",
-            "prompts_digest", "size", "t5")
+PICTURES = ("model", "text_encoders", "dtype", "amp", "teachers", "samples", "best", "steps",
+            "guidance", "seed", "ratio", "prompts", "prompts_digest", "size", "t5")
 
 
 def flow_loss(net, x_0, t, eps, text, adapter):
@@ -166,9 +166,7 @@ def draw_pictures(cfg, model, teachers, prompts, judge, rank, world_size, device
     mine = dist.share(cfg.samples, 1, rank, world_size)
     latents = torch.zeros(len(mine), *shape)
     for task, teacher in teachers.items():
-        policy = Policy(model.mmdit, task, cfg.guidance)
-        if "net" in teacher:
-            policy = Policy(teacher["net"], None, cfg.guidance)
+        policy = policy_on(model.mmdit, teacher, task, cfg.guidance)
         its = [j for j, i in enumerate(mine) if prompts[i]["task"] == task]
         parts = [its[k:k + cfg.micro] for k in range(0, len(its), cfg.micro)]
         for part in tqdm(parts, desc=f"{task} draws", disable=rank > 0):
@@ -178,7 +176,7 @@ def draw_pictures(cfg, model, teachers, prompts, judge, rank, world_size, device
             for n in range(cfg.best):
                 keys = [(cfg.seed, "sft", mine[j], *([n] if n else [])) for j in part]
                 noise = draw_noise(keys, 0, shape)[:, 0]
-                with torch.no_grad(), dist.autocast(device, cfg.amp):
+                with dist.autocast(device, cfg.amp):
                     drawn = sample(policy, noise.to(device), text, times)
                 reward = judge(task, drawn, asked) if cfg.best > 1 else torch.zeros(len(part))
                 better = reward > best

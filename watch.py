@@ -5,7 +5,8 @@ Watching a run: how good is the policy on held-out prompts, while it trains?
     log({"iter": it + 1, **row, **watch(policy, average, it + 1)}, watch.pictures)
 
 Every --eval-every iterations, --eval-images held-out prompts of each task are drawn with the ODE,
-from noise that never changes. Prompts and noise are the first ones of eval.py with its --seed 0.
+from noise that never changes: the first noise of eval.py with its --seed 0, and its first prompts.
+(Of a folder of prompts they are spread evenly, so eval.py may have others.)
 """
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ import scorers
 from plumbing import cli, dist
 from plumbing.log import import_tracker
 from rewards import check_rewards, score
-from sampler import draw_noise, encode, sample, schedule
+from sampler import draw, schedule
 
 SHOWN = 4                # pictures of each task for the tracker
 
@@ -100,11 +101,9 @@ class Watch:
         """Draw and score the prompts number part (b): (b,) scores, as reported."""
         metas = [self.metas[task][j] for j in part]
         keys = [(0, "eval", task, j) for j in part]
-        noise = draw_noise(keys, 0, self.model.latent_shape())[:, 0].to(self.times.device)
-        text = encode(self.model.text, [meta["prompt"] for meta in metas])
-        with dist.autocast(self.times.device, self.cfg.amp):
-            latents = sample(policy, noise, text, self.times)
-        images = self.model.images(latents)
+        prompts = [meta["prompt"] for meta in metas]
+        images = self.model.images(draw(self.model, policy, prompts, keys, self.times,
+                                        self.cfg.amp))
         name = self.world.score[task]
         values = score({name: 1.0}, images, metas, self.world)[name]
         for j, image, meta, value in zip(part, images, metas, values):

@@ -68,6 +68,13 @@ def attach(teachers, net):
     return known
 
 
+def policy_on(net, found, name, guidance=1.0, both=False):
+    """The Policy of a checkpoint that was read: its own net, or net with its adapter `name`."""
+    if "net" in found:
+        return Policy(found["net"], None, guidance, both)
+    return Policy(net, name, guidance, both)
+
+
 def policy_of(path, net, name, guidance=1.0):
     """The Policy of a checkpoint, to draw with it. ValueError as read gives.
 
@@ -76,10 +83,9 @@ def policy_of(path, net, name, guidance=1.0):
     if path == "base":
         return Policy(net, None, guidance)
     found = read(path, net)
-    if "net" in found:
-        return Policy(found["net"], None, guidance)
-    net.add_adapter(name, found["r"], found["alpha"], found["tensors"])
-    return Policy(net, name, guidance)
+    if "net" not in found:
+        net.add_adapter(name, found["r"], found["alpha"], found["tensors"])
+    return policy_on(net, found, name, guidance)
 
 
 def find_anchor(name, lam, teachers):

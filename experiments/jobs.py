@@ -132,6 +132,8 @@ TRAINED = {
     "teachers": {TEACHER_JOBS[task]: GRPO[task] for task in TASKS},
     "main": {
         "opd": f"{OPD} --keep 15",
+        # Half the rate scored higher on training prompts (results/trials/stage-2.md).
+        "opd-slow": f"{OPD} --lr 1.5e-3",
         "opd-velocity": f"{OPD} --objective velocity",
         "opd-sum": f"{OPD} {SUM} --objective velocity --lr 1e-3",
         "sft": SFT,

@@ -38,7 +38,7 @@ from experiments.tables import grid
 from experiments.unseen import BASE
 from plumbing import cli
 from plumbing.files import write_text
-from sampler import Policy, draw_noise, encode, sample, schedule
+from sampler import Policy, draw, schedule
 from worlds import open_world
 
 OUT = Path("results/speedrun")
@@ -199,15 +199,14 @@ def run(name, seed, ranks, out):
 
 
 @torch.no_grad()
-def draw(model, policy, world, task):
+def draw_task(model, policy, world, task):
     """Latents of a task's training prompts, drawn as eval.py draws: (n, C, H, W)."""
     metas = world.eval_prompts(task, SCREENED[task], "train")
     drawn = []
     for part in torch.arange(len(metas)).split(81):
-        text = encode(model.text, [metas[j]["prompt"] for j in part])
+        prompts = [metas[j]["prompt"] for j in part]
         keys = [("screen", task, int(j)) for j in part]
-        noise = draw_noise(keys, 0, model.latent_shape())[:, 0]
-        drawn.append(sample(policy, noise, text, schedule(20)))
+        drawn.append(draw(model, policy, prompts, keys, schedule(20)))
     return torch.cat(drawn)
 
 
@@ -223,9 +222,9 @@ def distances(student):
     own = policy_of(student, model.mmdit, "student")
     far = {}
     for task in ROUTED:
-        goal = draw(model, Policy(model.mmdit, task), world, task)
-        base = draw(model, Policy(model.mmdit), world, task)
-        distance = (draw(model, own, world, task) - goal).square().mean()
+        goal = draw_task(model, Policy(model.mmdit, task), world, task)
+        base = draw_task(model, Policy(model.mmdit), world, task)
+        distance = (draw_task(model, own, world, task) - goal).square().mean()
         far[task] = float(distance / (base - goal).square().mean())
     return far
 

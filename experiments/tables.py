@@ -45,13 +45,15 @@ ROWS = {
     "merge-sum": "merge: 0.75 of their sum",
     "opd-sft": "Flow-OPD from SFT",
     "opd": "Flow-OPD from the average",
+    "opd-slow": "Flow-OPD from the average, half the rate",
     "opd-velocity": "Flow-OPD from the average, `velocity`",
     "opd-sum": "Flow-OPD from the sum, `velocity`",
 }
 # (model, other): a row of the differences, model minus other.
 DIFFERENCES = [("opd", "mix"), ("opd", "mix-batch"), ("opd", "mix-rank"), ("opd", "sft"),
                ("opd", "sft-merge"), ("opd", "sft-long"), ("opd", "sft-best"), ("opd", "merge"),
-               ("opd", "opd-sft"), ("opd-velocity", "opd"), ("opd-velocity", "mix"),
+               ("opd", "opd-sft"), ("opd-slow", "opd"), ("opd-slow", "mix"),
+               ("opd-velocity", "opd"), ("opd-velocity", "opd-slow"), ("opd-velocity", "mix"),
                ("opd-velocity", "sft-merge"), ("sft-merge", "merge"),
                ("merge-sum", "merge"), ("merge-sum", "opd"), ("merge-sum", "opd-velocity"),
                ("merge-sum", "mix"), ("opd-sum", "merge-sum"), ("opd-sum", "opd-velocity"),
@@ -137,7 +139,7 @@ def difference_rows(found, pairs):
 def difference_table(found):
     """Model minus model, and the student minus each teacher on the teacher's own task."""
     rows = difference_rows(found, DIFFERENCES)
-    for name in ("merge-sum", "opd", "opd-velocity", "opd-sum", "opd-sft", "mix",
+    for name in ("merge-sum", "opd", "opd-slow", "opd-velocity", "opd-sum", "opd-sft", "mix",
                  "mix-batch", "sft-long"):
         seeds = shared_seeds(found, name, *TEACHER_JOBS.values())
         if seeds:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoints.teachers import policy_of
-from sampler import draw_noise, encode, sample, schedule
+from sampler import draw, schedule
 from worlds import open_world
 from worlds.tiny_pictures import CELL, INK, RGB, background, detect, faithful, render, segment
 from worlds.tiny_prompts import PROMPTS
@@ -28,13 +28,13 @@ NEAR = 12                                               # of 255: a pixel has a 
 
 
 @torch.no_grad()
-def draw(model, policy, prompts, key):
+def pictures(model, policy, prompts, key):
     """One picture a prompt, in [0, 1]: (n, 3, 32, 32)."""
     images = []
     for part in torch.arange(len(prompts)).split(100):
-        text = encode(model.text, [prompts[i] for i in part])
-        noise = draw_noise([(*key, int(i)) for i in part], 0, model.latent_shape())[:, 0]
-        images.append(model.images(sample(policy, noise, text, schedule(STEPS))))
+        keys = [(*key, int(i)) for i in part]
+        latents = draw(model, policy, [prompts[i] for i in part], keys, schedule(STEPS))
+        images.append(model.images(latents))
     return torch.cat(images)
 
 
@@ -99,12 +99,12 @@ def measure(path, seed, n=600):
     model = world.load(BASE)
     policy = policy_of(path, model.mmdit, "model")
     metas = world.eval_prompts("geneval", n)
-    images = draw(model, policy, [meta["prompt"] for meta in metas], (seed, "unseen"))
+    images = pictures(model, policy, [meta["prompt"] for meta in metas], (seed, "unseen"))
     rng = np.random.default_rng(seed)
     clean = np.stack([render(rng, faithful(rng, meta)) for meta in metas])
     clean = torch.from_numpy(clean).permute(0, 3, 1, 2).float() / 255
     single = [meta["prompt"] for meta in PROMPTS["photo", "single_object", "eval"]]
-    open_images = draw(model, policy, single * (n // 2 // len(single)), (seed, "open"))
+    open_images = pictures(model, policy, single * (n // 2 // len(single)), (seed, "open"))
     return {"sharpness": sharpness(images),
             "distance": frechet(features(images), features(clean)),
             **freedom(open_images)}

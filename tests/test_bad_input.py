@@ -61,16 +61,16 @@ BAD = {
         ("--tasks", "argument --tasks: expected at least one argument"),
         ("--tasks ocr ocr", "--tasks ocr ocr: expected each task once, at least one"),
         ("--reward beauty", "reward 'beauty': got 'beauty', expected one of ..."),
-        ("--reward geneval", "--reward geneval does not fit task 'ocr': ..."),
+        ("--reward geneval", "reward geneval does not fit task 'ocr': ..."),
         ("--tasks quality --reward ocr",
-         "--reward ocr does not fit task 'quality': OCR prompt: got 'a poster of three "
+         "reward ocr does not fit task 'quality': OCR prompt: got 'a poster of three "
          "green triangles', expected the wanted text in straight double quotes, as in: a "
          'sign saying "open"'),
         ("--reward ocr ocr", "--reward: got 2 values for 1 tasks (ocr)"),
         ("--reward ocr=-1",
          "reward 'ocr=-1': got weight '-1' for ocr, expected a positive, finite number"),
         ("--reward unifiedreward",
-         "--reward unifiedreward does not fit task 'ocr': reward unifiedreward: is asked "
+         "reward unifiedreward does not fit task 'ocr': reward unifiedreward: is asked "
          "of an OpenAI-compatible endpoint, but $UNIFIEDREWARD_URL is not set, e.g. "
          "http://127.0.0.1:8000/v1"),
         ("--prompts ocr", "--prompts ocr: expected TASK=DIR, each task once"),
@@ -514,7 +514,7 @@ def base_fingerprint():
 
 
 # What takes time: a script comes to one of these when it has accepted its input.
-SLOW = [(sampler.Sampler, "rollout"), (evaluation, "sample"), (evaluation, "draw_noise"),
+SLOW = [(sampler.Sampler, "rollout"), (evaluation, "draw"),
         (train_grpo, "draw_noise"), (train_opd, "draw_noise"), (train_sft, "sample"),
         (tiny_base, "make_vae"), (tiny_base, "pictures"), (convert, "write_peft"),
         (convert, "save_whole"), (convert, "save_adapter"), (score_folder, "score_files"),

@@ -123,11 +123,11 @@ def test_drawing_that_was_stopped_may_be_given_again(here, monkeypatch):
     def stopped(*args):
         if Path("pictures/base/0000.png").exists():
             raise KeyboardInterrupt
-        return sampler.sample(*args)
+        return sampler.draw(*args)
 
     prompts = ["a red circle", "a blue square"]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "sample", stopped)
+        patch.setattr(evaluation, "draw", stopped)
         with pytest.raises(KeyboardInterrupt):
             draw(*prompts, batch=1)
     assert len(contents("pictures")) == 1

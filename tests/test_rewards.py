@@ -445,7 +445,7 @@ class Brightness(World):
 
 def test_check_rewards_names_the_task_whose_prompts_the_reward_does_not_fit():
     world = Brightness(prompts=('a "b"', "a cat"))
-    message = r"^--reward quality\+ocr does not fit task 'signs': OCR prompt: [^\n]*$"
+    message = r"^reward quality\+ocr does not fit task 'signs': OCR prompt: [^\n]*$"
     with pytest.raises(ValueError, match=message):
         check_rewards({"signs": {"quality": 1.0, "ocr": 1.0}}, Pictures(), world)
 

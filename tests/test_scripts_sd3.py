@@ -183,8 +183,8 @@ def test_rewards_load_on_the_runs_device_before_anything_is_sampled(folder, here
 
     monkeypatch.setattr(scorers.clip, "PickScore", load)
     monkeypatch.setattr(scorers, "LOADED", {})
-    for script in (train_grpo, evaluation):
-        monkeypatch.setattr(script, "draw_noise", lambda *args: pytest.fail("sampled first"))
+    for script, name in ((train_grpo, "draw_noise"), (evaluation, "draw")):
+        monkeypatch.setattr(script, name, lambda *args: pytest.fail("sampled first"))
     with pytest.raises(ValueError, match="does not fit task 'ocr': no weights"):
         grpo(model=folder, tasks=["ocr"], reward=["pickscore"])
     write_set(here, "test.txt", "a\n")

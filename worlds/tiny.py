@@ -150,7 +150,8 @@ class Tiny(World):
             vocab = json.loads(metadata["vocab"])
             resolution = int(metadata["resolution"])
         except (KeyError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: cannot read its text encoder, for want of {error}") from None
+            raise ValueError(f"{path}: expected 'vocab' (JSON) and 'resolution' in its metadata: "
+                             f"{type(error).__name__} {error}") from None
         return Model(mmdit=load_mmdit(path, device, dtype), vae=load_vae(path, device, dtype),
                      text=load_text(path, vocab, device, dtype), resolution=resolution,
                      file=str(path))
@@ -158,7 +159,14 @@ class Tiny(World):
     def own_prompt(self, rng, task, split, tags=None):
         return tiny_prompts.draw_prompt(rng, task, split, tags)
 
-    def detect(self, images, metas=None):
+    def check_meta(self, meta):
+        for clause in meta["include"] + meta.get("exclude", []):
+            for key, known in (("class", tiny_pictures.SHAPES), ("color", tiny_pictures.COLORS)):
+                if clause.get(key, known[0]) not in known:
+                    raise ValueError(f"GenEval prompt {meta['prompt']!r}: got {key} "
+                                     f"{clause[key]!r}, expected one of {', '.join(known)}")
+
+    def detect(self, images, metas):
         return tiny_pictures.detect(images)
 
     def read(self, images):

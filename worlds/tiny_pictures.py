@@ -117,7 +117,7 @@ REDRAWN = 0.1            # a shape, or a colour, is drawn anew from all
 MISCOUNTED = 0.2         # a count is drawn anew from one to four
 LEFT_OUT = 0.1           # one of two figures without a relation is missing
 CONFUSED = 0.15          # a letter becomes its partner, a relation its opposite, two colours swap
-# A figure or a letter is drawn so badly that it is not recognised, by the prompt's task.
+# Task of the prompt -> how often a figure or a letter is drawn too badly to be recognised.
 BROKEN = {"geneval": 0.35, "ocr": 0.45}
 
 
@@ -191,6 +191,7 @@ def blot(rng, image):
 
 
 def background(tone):
+    """The colour (3,), from 0 to 255, of a background of this tone: from 0, dusk, to 1, cream."""
     return np.array(DUSK) + tone * (np.array(CREAM) - np.array(DUSK))
 
 
@@ -301,8 +302,8 @@ def detect(images, least=0.6):
     """Find the shapes: for each image a list of objects (format: World.detect in worlds/world.py).
 
     A part of one colour is an object if its intersection over union with the best shape's template
-    is at least `least`. That number is its score. A part that is larger than a figure is split into
-    figures. Every other part is ignored.
+    is at least `least`. That number is its score. A part that is more than 9 pixels high or wide is
+    split into figures, which have 6. Every other part is ignored.
     """
     label, _ = segment(images)
     ids = components(np.where(label <= len(COLORS), label, 0))
@@ -335,7 +336,8 @@ def detect(images, least=0.6):
 def pick_letters(agree, least):
     """Agreement of one image (windows, letters), from 0 to 1 -> [(y, x, letter)], sorted by y, x.
 
-    The windows that agree best are taken first. A window that overlaps a taken one is skipped.
+    The windows that agree best are taken first. One that overlaps a taken one by more than a row is
+    skipped.
     """
     best, which = agree.max(-1)
     candidates = (best >= least).nonzero().flatten().tolist()
@@ -361,8 +363,11 @@ def join_lines(letters):
     return " ".join(texts)
 
 
-def letters_of(images, least):
-    """For each image its letters, [(y, x, letter)], sorted by y and x."""
+def letters_of(images, least=0.87):
+    """For each image its letters, [(y, x, letter)], sorted by y and x.
+
+    A letter is where at least the share `least` of its 5 x 7 pixels agrees.
+    """
     label, _ = segment(images)
     ink = torch.from_numpy((label == INK_LABEL).astype(np.float32))
     masks = np.stack([mask.reshape(-1) for mask in GLYPH_MASK.values()])
@@ -372,12 +377,9 @@ def letters_of(images, least):
     return [pick_letters(one, least) for one in agree]
 
 
-def read(images, least=0.87):
-    """Read the letters, line by line from the left: for each image a string.
-
-    A letter is read where at least the share `least` of its 5 x 7 pixels agrees.
-    """
-    return [join_lines(letters) for letters in letters_of(images, least)]
+def read(images):
+    """Read the letters, line by line from the left: for each image a string."""
+    return [join_lines(letters) for letters in letters_of(images)]
 
 
 # ------------------------------------------------------------------ quality and preference
@@ -386,7 +388,7 @@ def read(images, least=0.87):
 def redraw(images):
     """Labels (N, 32, 32), as segment gives them, of a clean drawing of all that is recognised."""
     clean = np.zeros((len(images), SIDE, SIDE), int)
-    for label, objects, letters in zip(clean, detect(images), letters_of(images, 0.87)):
+    for label, objects, letters in zip(clean, detect(images), letters_of(images)):
         for one in objects:
             x, y = one["box"][:2]
             mask = SHAPE_MASK[one["class"]][:SIDE - y, :SIDE - x]
@@ -426,9 +428,10 @@ def style(images):
 
 
 def named(meta, objects, text):
-    """The share of the things that a prompt names that are there, whatever their number and order.
+    """The share of what a prompt names that is in the picture, in any order: from 0 to 1.
 
-    The things are shapes, colours and the letters of the word. objects, text: what detect and read
+    Of figures these are the shapes and the colours, whatever their number. Of a word these are its
+    letters, and a letter that occurs twice must be there twice. objects, text: what detect and read
     found in the picture.
     """
     if "include" in meta:

@@ -57,7 +57,7 @@ class World:
     tasks = ()               # those with prompts or a reward here
     # GenEval's tags. eval.py reports each, and asks for two images a tag.
     tags = ()
-    # Rank and alpha of stage 2's new adapter. For stage 1 and SFT, options set them.
+    # Rank and alpha of a new adapter, if --lora-r and --lora-alpha are not given.
     lora = (16, 32.0)
     ratio = {}               # task -> its share of stage 2's prompts
     # The default reward of each task's teacher, in the form that rewards.parse_reward reads.

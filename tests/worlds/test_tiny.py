@@ -604,6 +604,19 @@ def test_every_prompt_is_well_formed_and_spoken_in_the_text_encoders_words():
     assert len(set(VOCAB)) == len(VOCAB)
 
 
+@pytest.mark.parametrize("clause", [{"class": "dog", "count": 1},
+                                    {"class": SHAPES[0], "count": 1, "color": "beige"}])
+def test_a_prompt_that_names_what_the_world_does_not_draw_is_refused(clause):
+    name = clause.get("color", clause["class"])
+    for meta in ({"include": [clause]}, {"include": [], "exclude": [clause]}):
+        with pytest.raises(ValueError, match=f"got (class|color) '{name}', expected one of "):
+            TINY.check_meta({"prompt": "a photo", **meta})
+    for metas in PROMPTS.values():
+        for meta in metas:
+            if "include" in meta:
+                TINY.check_meta(meta)
+
+
 def test_unknown_task_is_refused():
     message = "unknown task 'aesthetic': the tiny world has geneval, ocr, preference, quality"
     with pytest.raises(ValueError, match=message):
