@@ -13,6 +13,7 @@ from experiments.intervals import DRAWS, ratio_interval
 from experiments.jobs import TASKS, TEACHER_JOBS
 from experiments.unseen import BASE
 from worlds import open_world
+from worlds.prompts import TAGS
 
 # Keys of a result.
 OF_BASE = "fingerprint of the base"
@@ -64,18 +65,26 @@ def image_weights(tags, prompts, draws=DRAWS):
 
 @cache
 def weights(task, n):
-    """The image_weights of a task's n held-out images. Only GenEval's score is a mean over tags."""
+    """The tags (n,) and image_weights of a task's n held-out images.
+
+    Only GenEval's score is a mean over tags. Another task counts as one tag.
+    """
     metas = open_world(BASE).eval_prompts(task, n)
-    tags = [meta["tag"] if task == "geneval" else task for meta in metas]
-    return image_weights(tags, [meta["prompt"] for meta in metas])
+    tags = np.array([meta["tag"] if task == "geneval" else task for meta in metas])
+    return tags, image_weights(tags, [meta["prompt"] for meta in metas])
 
 
 def scores(results, column):
-    """(1 + DRAWS, S) scores of S results. column: a task, or average."""
+    """(1 + DRAWS, S) scores of S results. column: a task, one of GenEval's tags, or average."""
     if column == "average":
         return np.mean([scores(results, task) for task in TASKS], axis=0)
-    images = np.array([result[SCORES][column] for result in results])       # (S, n)
-    return weights(column, images.shape[1]) @ images.T
+    task = "geneval" if column in TAGS else column
+    images = np.array([result[SCORES][task] for result in results])         # (S, n)
+    tags, table = weights(task, images.shape[1])
+    if column in TAGS:
+        own = tags == column
+        return table[:, own] * len(TAGS) @ images[:, own].T
+    return table @ images.T
 
 
 def pick(found, name, seeds):

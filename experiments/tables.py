@@ -21,6 +21,7 @@ from experiments.results import (
     snapshot,
 )
 from plumbing.files import write_text
+from worlds.prompts import TAGS
 
 # In this page each table is replaced between its marks: <!-- reproduce: NAME --> ... <!-- end -->
 PAGE = "docs/results.md"
@@ -59,7 +60,7 @@ DIFFERENCES = [("opd", "mix"), ("opd", "mix-batch"), ("opd", "mix-rank"), ("opd"
                ("merge-sum", "mix"), ("opd-sum", "merge-sum"), ("opd-sum", "opd-velocity"),
                ("alone-dense", "merge"), ("sft", "base"),
                *((name, "base") for name in TEACHER_JOBS.values()),
-               ("seesaw-2", "seesaw-1"), ("seesaw-3", "seesaw-1")]
+               ("mix", "seesaw-1"), ("seesaw-2", "seesaw-1"), ("seesaw-3", "seesaw-1")]
 # Part -> the variant with which its variants are compared.
 VARIANTS = {"objectives": "alone-kl", "states": "short", "mar": "short-lam0", "cold": "short",
             "targets": "short", "controls": "half"}
@@ -147,6 +148,18 @@ def difference_table(found):
             label = "each teacher on its own task (the last: of the first three)"
             rows.append(own_task_row(f"{title(name)} minus {label}", parts, seeds))
     return grid(["difference", "seeds", *COLUMN_NAMES], rows + early_rows(found))
+
+
+def tag_table(found):
+    """Model minus base by GenEval's tags: what an average hides."""
+    rows = []
+    for name, label in ROWS.items():
+        seeds = shared_seeds(found, name, "base")
+        if seeds and name != "base":
+            cells = [difference(minus(found, name, "base", tag, seeds)) for tag in TAGS]
+            rows.append([label, str(len(seeds)), *cells])
+    return grid(["GenEval, minus the base", "seeds", *(tag.replace("_", " ") for tag in TAGS)],
+                rows)
 
 
 def own_task_row(label, parts, seeds):
@@ -251,6 +264,7 @@ HEADINGS = {
     "main": "Main table",
     "share": "Part of the teachers' gains",
     "minus": "Differences",
+    "tags": "GenEval by its tags",
     "variants": "Variants of stage 2",
     "unseen": "Beyond the scores (experiments/unseen.py)",
     "unseen-variants": "Beyond the scores: variants of stage 2",
@@ -272,6 +286,7 @@ def make_tables(out):
     made = {"main": main_table(found),
             "share": share_table(found),
             "minus": difference_table(found),
+            "tags": tag_table(found),
             "variants": variant_table(found),
             "unseen": unseen_table(found, ROWS),
             "unseen-variants": unseen_table(found, variants),

@@ -1,6 +1,7 @@
 """The tables say what the results say."""
 import json
 
+import numpy as np
 import pytest
 
 from eval import ALL_SCORES, SCORES
@@ -16,7 +17,11 @@ from experiments.results import (
     curve,
     minus,
     reached,
+    scores,
 )
+from experiments.unseen import BASE
+from worlds import open_world
+from worlds.prompts import TAGS
 
 OUT = "results/reproduce"
 N = 24                                                  # images of a task
@@ -80,6 +85,17 @@ def test_a_student_is_compared_with_each_teacher_on_its_own_task(found):
     line = [line for line in tables.difference_table(found).splitlines() if "own task" in line][0]
     # 0.30 - 0.3, 0.6 - 0.8, 0.4 - 0.6, 0.8 - 1.0
     assert "0.000 ± 0.025 | **-0.200 ± 0.000** | **-0.200 ± 0.000** |" in line
+
+
+def test_the_mean_of_the_tags_is_genevals_score(found):
+    results = [result(0, 0, 0, 0)]
+    results[0][SCORES]["geneval"] = list(np.random.default_rng(0).random(N))
+    by_tag = [scores(results, tag) for tag in TAGS]
+    np.testing.assert_allclose(np.mean(by_tag, axis=0), scores(results, "geneval"))
+    # Prompts come tag by tag, or in turns. Either way a tag's score is that of its own images.
+    own = [meta["tag"] == "counting" for meta in open_world(BASE).eval_prompts("geneval", N)]
+    mean = np.mean(np.array(results[0][SCORES]["geneval"])[own])
+    np.testing.assert_allclose(scores(results, "counting")[0], mean)
 
 
 def test_a_student_of_half_way_teachers_is_compared_with_their_snapshots(found):
