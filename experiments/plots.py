@@ -10,8 +10,11 @@ from experiments.tables import COLUMN_NAMES, ROWS, own_passes
 COLOURS = dict(zip(TASKS, ("C0", "C1", "C2", "C3")))
 
 
-def draw_line(axes, found, name, task, style, label):
-    """The part of the teacher's gain that a run has, over its forward passes."""
+def draw_line(axes, found, name, task, style, label, above=0):
+    """The part of the teacher's gain that a run has, over its forward passes.
+
+    The label stands so many points above the line's end, or right of it.
+    """
     points = curve(found, name, task)
     if not points:
         return
@@ -21,19 +24,21 @@ def draw_line(axes, found, name, task, style, label):
     spent = np.array([it * whole / iters + own_passes()[name] - whole for it, _ in points]) / 1e3
     parts = [part.mean for _, part in points]
     axes.plot(np.maximum(spent, 1), parts, style, color=COLOURS[task])
-    axes.annotate(label, (spent[-1], parts[-1]), xytext=(4, 0), textcoords="offset points",
-                  color=COLOURS[task], fontsize=8, va="center")
+    axes.annotate(label, (spent[-1], parts[-1]), xytext=(0 if above else 4, above),
+                  textcoords="offset points", color=COLOURS[task], fontsize=8, va="center",
+                  ha="center" if above else "left")
 
 
 def draw_cost(axes, found):
     """Dashed: each teacher by GRPO. Solid: the one student that has all of their skills."""
-    for task, name in TEACHER_JOBS.items():
-        draw_line(axes, found, name, task, "--", f"GRPO, {task}")
+    # Their ends lie beside each other, so their labels stand one above the other.
+    for n, (task, name) in enumerate(TEACHER_JOBS.items()):
+        draw_line(axes, found, name, task, "--", f"GRPO, {task}", above=8 + 12 * n)
         draw_line(axes, found, "opd", task, "-", "" if task != TASKS[0] else "Flow-OPD")
     axes.axhline(1, color="grey", linewidth=0.5)
     axes.set_xscale("log")
-    axes.set(xlabel="thousand forward passes of its own training",
-             ylabel="part of the teacher's gain over the base", ylim=(-0.5, 1.2))
+    axes.set(xlabel="thousand forward passes of its own training (the start is drawn at 1)",
+             ylabel="part of the teacher's gain over the base", ylim=(-0.05, 1.25))
 
 
 def draw_scores(axes, found):
@@ -45,8 +50,8 @@ def draw_scores(axes, found):
             axes.errorbar(interval.mean, y + 0.12 * (1.5 - n), xerr=np.nan_to_num(interval.half),
                           fmt="o", markersize=4, color=COLOURS[task],
                           label=COLUMN_NAMES[n] if y == 0 else None)
-    axes.set_yticks(range(len(names)), [ROWS[name] for name in names])
-    axes.set(xlabel="score on held-out prompts", xlim=(0, 1.02))
+    axes.set_yticks(range(len(names)), [ROWS[name].replace("`", "") for name in names])
+    axes.set(xlabel="score on held-out prompts", xlim=(0.3, 1.02))
     axes.legend(loc="lower left", fontsize=8)
     axes.grid(axis="y", linewidth=0.3)
 
