@@ -55,6 +55,14 @@ def draw_tag(rng, tags):
 # ------------------------------------------------------------------ one prompt
 
 
+def check_known(meta, clauses, key, known):
+    """ValueError if a clause of a GenEval prompt names a class or a color (key) not in known."""
+    for clause in clauses:
+        if clause.get(key, known[0]) not in known:
+            raise ValueError(f"GenEval prompt {meta['prompt']!r}: got {key} {clause[key]!r}, "
+                             f"expected one of {', '.join(known)}")
+
+
 def check_geneval_meta(meta):
     """ValueError unless meta is a prompt in GenEval's schema (see the top of this file)."""
     def expect(ok, got, expected):

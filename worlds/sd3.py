@@ -32,7 +32,7 @@ from plumbing.files import first_line, open_tensors, write_tensors
 from scorers.geneval import COLORS, check_classes
 from worlds import sd3_prompts
 from worlds.paths import find
-from worlds.prompts import TAGS
+from worlds.prompts import TAGS, check_known
 from worlds.vae import load_vae
 from worlds.world import Model, World
 
@@ -307,7 +307,4 @@ class SD3(World):
 
     def check_meta(self, meta):
         check_classes([meta])
-        for clause in meta["include"]:
-            if clause.get("color", COLORS[0]) not in COLORS:
-                raise ValueError(f"GenEval prompt {meta['prompt']!r}: got color "
-                                 f"{clause['color']!r}, expected one of {', '.join(COLORS)}")
+        check_known(meta, meta["include"], "color", COLORS)

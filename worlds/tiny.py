@@ -21,7 +21,7 @@ from torch import nn
 from model import Mlp, attend, load_mmdit, load_part
 from plumbing.files import open_tensors
 from worlds import tiny_pictures, tiny_prompts
-from worlds.prompts import TAGS
+from worlds.prompts import TAGS, check_known
 from worlds.vae import load_vae
 from worlds.world import Model, World
 
@@ -160,11 +160,9 @@ class Tiny(World):
         return tiny_prompts.draw_prompt(rng, task, split, tags)
 
     def check_meta(self, meta):
-        for clause in meta["include"] + meta.get("exclude", []):
-            for key, known in (("class", tiny_pictures.SHAPES), ("color", tiny_pictures.COLORS)):
-                if clause.get(key, known[0]) not in known:
-                    raise ValueError(f"GenEval prompt {meta['prompt']!r}: got {key} "
-                                     f"{clause[key]!r}, expected one of {', '.join(known)}")
+        clauses = meta["include"] + meta.get("exclude", [])
+        check_known(meta, clauses, "class", tiny_pictures.SHAPES)
+        check_known(meta, clauses, "color", tiny_pictures.COLORS)
 
     def detect(self, images, metas):
         return tiny_pictures.detect(images)
